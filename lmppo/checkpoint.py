@@ -1,0 +1,228 @@
+"""Checkpoints: everything an exact resume needs, in safetensors and JSON, checked by SHA-256, never pickled.
+
+``checkpoints/step-000120/`` holds ``policy/`` (a Hugging Face directory, or an adapter), ``value_head.safetensors`` or
+``critic/``, ``optimizer.safetensors``, ``state.json``, and ``MANIFEST.json`` with every file's size and hash. It is
+written under a temporary name, and renamed when it is whole. There is no random state to save: the noise of sampling,
+prompt order and minibatch order is a function of the seed and the iteration.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from lmppo.models import ActorCritic, load_weights
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or not of this run."""
+
+
+def checkpoint_dir(output_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step belongs."""
+    return Path(output_dir) / "checkpoints" / f"step-{step:06d}"
+
+
+def save_checkpoint(
+    target: Path, model: ActorCritic, optimizer: torch.optim.Optimizer, state: dict[str, Any], tokenizer: Any
+) -> None:
+    """Write a checkpoint beside its final place, verify nothing is missing, and rename it.
+
+    Args:
+        target: Final directory, as :func:`checkpoint_dir` gives it.
+        model: Policy and critic.
+        optimizer: AdamW over the model's parameters.
+        state: JSON values: step, prompts drawn, KL coefficient, configuration, versions.
+        tokenizer: The policy's tokenizer, saved beside the policy.
+    """
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.policy.save_pretrained(temporary / "policy")
+    _save_critic(model, temporary)
+    tokenizer.save_pretrained(temporary / "policy")
+    save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+    (temporary / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
+    manifest = {"format_version": FORMAT_VERSION, "files": _hashes(temporary)}
+    (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    for path in [p for p in temporary.rglob("*") if p.is_file()]:
+        _sync(path)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    _sync(target.parent)
+
+
+def _save_critic(model: ActorCritic, directory: Path) -> None:
+    if model.value_head is not None:
+        save_file(model.value_head.state_dict(), directory / "value_head.safetensors")
+    else:
+        model.critic.save_pretrained(directory / "critic")
+
+
+def export_model(model: ActorCritic, directory: Path, tokenizer: Any) -> None:
+    """The policy as a plain Hugging Face model (an adapter merged, and as it is in ``adapter/``), tokenizer and critic."""
+    if hasattr(model.policy, "peft_config"):
+        model.policy.save_pretrained(directory / "adapter")
+        copy.deepcopy(model.policy).merge_and_unload().save_pretrained(directory)
+    else:
+        model.policy.save_pretrained(directory)
+    _save_critic(model, directory)
+    tokenizer.save_pretrained(directory)
+
+
+def load_checkpoint(source: Path, model: ActorCritic, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put a verified checkpoint's weights and optimizer state in place.
+
+    Returns:
+        The ``state`` it was saved with.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or its tensors do not fit the model.
+    """
+    verify_checkpoint(source)
+    _load_model(model, source)
+    restore_optimizer(model, optimizer, load_file(source / "optimizer.safetensors"))
+    return json.loads((source / "state.json").read_text())
+
+
+def _load_model(model: ActorCritic, directory: Path) -> None:
+    policy_dir = directory / "policy"
+    if hasattr(model.policy, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        weights = load_peft_weights(str(policy_dir), device="cpu")
+        result = set_peft_model_state_dict(model.policy, weights)
+        unexpected = list(result.unexpected_keys)
+        if unexpected:
+            raise CheckpointError(f"{policy_dir}: the adapter does not fit this model: {unexpected[:3]}")
+    else:
+        _load_into(model.policy, policy_dir)
+    if model.value_head is not None:
+        model.value_head.load_state_dict(load_file(directory / "value_head.safetensors"))
+    else:
+        _load_into(model.critic, directory / "critic")
+
+
+def _load_into(module: PreTrainedModel, directory: Path) -> None:
+    """Copy saved weights into a model of the same class, through transformers (which may rename what it saves)."""
+    saved = load_weights(type(module), str(directory)).state_dict()
+    own = module.state_dict()
+    differing = sorted(n for n in set(own) | set(saved) if n not in own or n not in saved or own[n].shape != saved[n].shape)
+    if differing:
+        raise CheckpointError(
+            f"{directory} does not fit this model: {', '.join(differing[:3])} differ. Resume with the model the run "
+            f"was started with."
+        )
+    module.load_state_dict(saved)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state as named tensors: ``{parameter}/{step, exp_avg, exp_avg_sq}``."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}/{key}": torch.as_tensor(value).contiguous()
+        for p, entries in optimizer.state.items()
+        for key, value in entries.items()
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put saved AdamW state back, by parameter name.
+
+    Raises:
+        CheckpointError: A saved entry belongs to no parameter of the model.
+    """
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for full_name, tensor in tensors.items():
+        name, key = full_name.rsplit("/", 1)
+        if name not in parameters:
+            raise CheckpointError(f"The saved optimizer state has {name!r}, which is no parameter of this model.")
+        parameter = parameters[name]
+        entry = optimizer.state.setdefault(parameter, {})
+        entry[key] = tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
+
+
+def verify_checkpoint(directory: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        CheckpointError: The directory is no checkpoint, is newer than this lmppo, or a file is missing or changed.
+    """
+    try:
+        manifest = json.loads((directory / "MANIFEST.json").read_text())
+        version, files = manifest["format_version"], manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory} is no complete checkpoint: MANIFEST.json is missing or unreadable.") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{directory} was made by a newer lmppo (format {version}): upgrade lmppo to resume it.")
+    try:
+        found = _hashes(directory)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}") from error
+    for name, expected in files.items():
+        if name not in found:
+            raise CheckpointError(f"{directory}: {name} is missing.")
+        if found[name] != expected:
+            raise CheckpointError(f"{directory}: {name} is not the file that was saved (its size or SHA-256 differs).")
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The run's checkpoints, oldest first, by step number; links and foreign directories are not among them."""
+    folder = Path(output_dir) / "checkpoints"
+    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)))  # type: ignore[union-attr]
+
+
+def newest_valid_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and why each newer one was passed over."""
+    rejected: list[str] = []
+    for candidate in reversed(list_checkpoints(output_dir)):
+        try:
+            verify_checkpoint(candidate)
+        except CheckpointError as error:
+            rejected.append(str(error))
+        else:
+            return candidate, rejected
+    return None, rejected
+
+
+def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
+    """Delete the oldest checkpoints until ``keep`` are left; only directories that carry our manifest."""
+    for old in list_checkpoints(output_dir)[:-keep]:
+        if (old / "MANIFEST.json").exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _hashes(directory: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name != "MANIFEST.json")
+    return {
+        p.relative_to(directory).as_posix(): {
+            "size": p.stat().st_size,
+            "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
+        }
+        for p in files
+    }
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,209 @@
+"""A sequence classifier as a reward function."""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OUTPUTS = ("logit", "log_odds", "probability")
+
+
+class ClassifierReward:
+    """The score of prompt + completion under a sequence classifier, as a reward function.
+
+    With logits l and the label k: ``"logit"`` is l_k; ``"log_odds"`` is l_k - logsumexp of the other labels' logits,
+    that is log p_k / (1 - p_k) (one label, or labels that do not exclude each other: l_k itself); ``"probability"`` is
+    the sigmoid of the log-odds.
+
+    Text is tokenized by the classifier's own tokenizer with its usual special tokens; chat messages go through its
+    chat template. A text that is too long loses its beginning, never its completion. Padding is on the right and
+    changes no score: a decoder pools the last token that differs from ``config.pad_token_id``, so where the model
+    names no pad token, a batch is padded with a token that none of its texts holds.
+
+    Args:
+        model: A directory, a Hub id or a loaded ``AutoModelForSequenceClassification``. Loading takes safetensors
+            only, in float32.
+        processing_class: The classifier's tokenizer (default: the one saved with the model).
+        output: ``"logit"``, ``"log_odds"`` or ``"probability"``.
+        label: Name or index of the label to reward. Default: the only one; with several, the last one, except for
+            ``"logit"``, which then must be told.
+        batch_size: Texts per forward pass.
+        max_length: Most tokens of a text (default: what model and tokenizer allow).
+        device: Where to score (default: where the model is).
+
+    Raises:
+        ValueError: The model cannot be loaded or has no trained classification head, tokenizer and model do not fit,
+            or ``output``, ``label``, ``batch_size`` or ``max_length`` is impossible.
+    """
+
+    def __init__(
+        self,
+        model: "str | Path | PreTrainedModel",
+        processing_class: "PreTrainedTokenizerBase | None" = None,
+        *,
+        output: str = "logit",
+        label: str | int | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if output not in OUTPUTS:
+            raise ValueError(f"output={output!r} is not one of {', '.join(OUTPUTS)}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        self.model = _load_classifier(str(model)) if isinstance(model, str | Path) else model
+        source = str(model) if isinstance(model, str | Path) else str(getattr(model.config, "_name_or_path", ""))
+        self.__name__ = Path(source).name or type(self.model).__name__
+        self.tokenizer = copy.deepcopy(processing_class or _load_tokenizer(source))
+        self.tokenizer.truncation_side = "left"
+        self.output = output
+        self.label = _label_index(self.model.config, output, label, self.__name__)
+        self.batch_size = batch_size
+        self.max_length = self._allowed_length(max_length)
+        self._n_embeddings = int(self.model.get_input_embeddings().weight.size(0))  # type: ignore[operator]
+        self._check_vocabulary()
+        self.model = self.model.to(device).eval() if device is not None else self.model.eval()  # type: ignore[arg-type]
+
+    def __call__(
+        self, prompts: list, completions: list, completion_ids: list[list[int]] | None = None, **kwargs: Any
+    ) -> list[float]:
+        """One score per completion; ``completion_ids`` are of another tokenizer and not used."""
+        scores: list[float] = []
+        for start in range(0, len(prompts), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            scores += self._output(self._logits(self._tokenize(prompts[rows], completions[rows]))).tolist()
+        return scores
+
+    def _tokenize(self, prompts: list, completions: list) -> list[list[int]]:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        chat = not isinstance(texts[0], str)
+        if chat:
+            texts = [self.tokenizer.apply_chat_template(messages, tokenize=False) for messages in texts]
+        ids = self.tokenizer(
+            texts, add_special_tokens=not chat, truncation=self.max_length is not None, max_length=self.max_length
+        )["input_ids"]
+        return [row or [self.tokenizer.eos_token_id or 0] for row in ids]  # an empty text is scored as EOS
+
+    @torch.inference_mode()
+    def _logits(self, ids: list[list[int]]) -> Tensor:
+        """``(n, labels)`` logits of token-id rows, each as if it were scored alone."""
+        config = self.model.config.get_text_config()
+        configured = config.pad_token_id
+        pad_id = self._pad_id(ids, configured)
+        width = max(map(len, ids))
+        batch = torch.tensor([row + [pad_id] * (width - len(row)) for row in ids], device=self.model.device)
+        lengths = torch.tensor([len(row) for row in ids], device=self.model.device)
+        mask = torch.arange(width, device=self.model.device) < lengths[:, None]
+        try:
+            config.pad_token_id = pad_id
+            return self.model(input_ids=batch, attention_mask=mask.long()).logits.float()
+        finally:
+            config.pad_token_id = configured
+
+    def _pad_id(self, ids: list[list[int]], configured: int | None) -> int:
+        if configured is not None and 0 <= configured < self._n_embeddings:
+            return configured
+        unused = set(range(self._n_embeddings)).difference(*ids)
+        if not unused:
+            raise ValueError(
+                f"{self.__name__} names no pad token, and {len(ids)} texts use all {self._n_embeddings} tokens: set "
+                "config.pad_token_id, or lower batch_size."
+            )
+        return min(unused)
+
+    def _output(self, logits: Tensor) -> Tensor:
+        chosen = logits[:, self.label]
+        if self.output == "logit":
+            return chosen
+        exclusive = getattr(self.model.config, "problem_type", None) != "multi_label_classification"
+        if exclusive and logits.shape[1] > 1:
+            others = torch.cat([logits[:, : self.label], logits[:, self.label + 1 :]], dim=1)
+            chosen = chosen - others.logsumexp(dim=1)
+        return chosen if self.output == "log_odds" else chosen.sigmoid()
+
+    def _allowed_length(self, max_length: int | None) -> int | None:
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limits = [n for n in (positions, self.tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
+        if max_length is None:
+            return min(limits, default=None)
+        if not 0 < max_length <= min(limits, default=max_length):
+            raise ValueError(
+                f"max_length={max_length} must be from 1 to {min(limits)}, the most {self.__name__} allows."
+            )
+        return max_length
+
+    def _check_vocabulary(self) -> None:
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= self._n_embeddings:
+            raise ValueError(
+                f"the tokenizer of {self.__name__} has token ids up to {largest}, its model an embedding of "
+                f"{self._n_embeddings} tokens: pass the tokenizer the classifier was trained with."
+            )
+
+
+def _load_classifier(name: str) -> "PreTrainedModel":
+    _check_place(name)
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the classifier {name!r} cannot be loaded: it is no directory here, and the Hub (offline?) did not give "
+            f"its safetensors weights. {str(error).splitlines()[0]}"
+        ) from error
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{name!r} has no trained classification head (missing: {', '.join(sorted(info['missing_keys']))}), so it "
+            "would score at random. Train one on it: python -m reward_models.train_classifier, or trl's RewardTrainer."
+        )
+    return model
+
+
+def _check_place(name: str) -> None:
+    """Name what is wrong with a local path before the Hub is asked."""
+    folder = Path(name)
+    if folder.is_dir():
+        if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
+            raise ValueError(
+                f"{name!r} holds pickled weights only (*.bin), which can run code when they are loaded: save the model "
+                "again with save_pretrained, which writes safetensors."
+            )
+    elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ValueError(
+            f"the reward {name!r} is not a model directory (nor owner/name of one on the Hub). Give a directory, or "
+            "pass the function itself; names such as 'lexicon' are loaded by reward_models.load(name)."
+        )
+
+
+def _load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer can be loaded from {source!r}: pass processing_class, the tokenizer of the classifier."
+        ) from error
+
+
+def _label_index(config: Any, output: str, label: str | int | None, name: str) -> int:
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if label is None:
+        if output == "logit" and len(names) > 1:
+            raise ValueError(
+                f"{name} has {len(names)} labels ({', '.join(names)}): choose one with label=..., or reward with "
+                "output='log_odds' (or 'probability') of the last one."
+            )
+        return len(names) - 1
+    matches = [i for i, known in enumerate(names) if str(label).casefold() in (known.casefold(), str(i))]
+    if not matches:
+        raise ValueError(f"label={label!r} is not a label of {name}: choose one of {', '.join(names)}.")
+    return matches[0]

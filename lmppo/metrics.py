@@ -1,0 +1,149 @@
+"""Everything that is logged: names, meanings, and the numbers themselves. All are weighted by the completion mask.
+
+The rollout record is the same on every process, so what is computed from it here needs no reduction; the update's
+numbers are reduced where they arise (:mod:`lmppo.update`).
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmppo.functional import explained_variance, masked_mean, masked_var
+from lmppo.rollout import ScoredRollout
+
+# Name -> meaning; docs/metrics.md gives formulas and healthy ranges, and a test holds the two together.
+METRICS = {
+    "step": "PPO iterations done, this one included",
+    "epoch": "passes over the prompts so far",
+    "reward": "mean over completions of the weighted sum of what the reward functions return, before any KL penalty",
+    "reward_std": "standard deviation of the same over the batch",
+    "rewards/{name}/mean": "mean of one reward function's returns, where it applied",
+    "rewards/{name}/std": "standard deviation of the same",
+    "kl_to_ref": "k1 estimate of KL(policy || reference), summed over the completion, mean over completions, in nats",
+    "kl_coef": "coefficient of the KL penalty in this iteration's rewards",
+    "rlhf_reward": "reward minus kl_coef times kl_to_ref: what the policy is trained on",
+    "entropy": "mean entropy of the next-token distribution during the update, in nats per token",
+    "sampled_entropy": "mean of -logprob over the sampled tokens, in nats per token",
+    "completion_length": "mean number of tokens per completion, EOS included",
+    "completion_length/min": "the shortest completion",
+    "completion_length/max": "the longest completion",
+    "eos_rate": "share of completions that ended with EOS",
+    "distinct_2": "distinct token pairs over all token pairs of the batch's completions",
+    "advantage/mean": "mean advantage before whitening",
+    "advantage/std": "standard deviation of the same",
+    "return/mean": "mean of the critic's targets",
+    "return/std": "standard deviation of the same",
+    "value/mean": "mean value the critic gave at sampling",
+    "explained_variance": "1 - Var[returns - values] / Var[returns], with the values at sampling",
+    "policy_loss": "mean policy loss over the update's steps",
+    "value_loss": "mean value loss over the update's steps",
+    "approx_kl": "k3 estimate of KL(old || new), mean over the update's tokens, in nats per token",
+    "clip_frac": "share of tokens whose ratio left the clip range",
+    "value_clip_frac": "share of tokens whose value moved further than value_clip_range",
+    "ratio": "mean ratio of new to old probability",
+    "grad_norm": "mean gradient norm before clipping",
+    "learning_rate": "learning rate of the policy in this iteration",
+    "critic_learning_rate": "learning rate of the critic in this iteration",
+    "optimizer_steps": "optimizer steps taken in this iteration",
+    "early_stop": "1 if target_kl ended the update early",
+    "first_ratio_error": "largest |log ratio| on the first minibatch: rounding alone, or a bug",
+    "num_tokens": "completion tokens sampled so far",
+    "tokens_per_second": "completion tokens per second of this iteration, sampling and update together",
+    "time/rollout": "seconds spent on sampling, scoring and reference log-probabilities",
+    "time/update": "seconds spent on the update",
+}
+
+
+def rollout_metrics(scored: ScoredRollout, names: list[str], *, kl_coef: float) -> dict[str, float]:
+    """What can be said of a rollout before the update.
+
+    Args:
+        scored: The rollout.
+        names: The reward functions' names.
+        kl_coef: Coefficient of the KL penalty.
+    """
+    rollout, mask = scored.rollout, scored.rollout.completion_mask
+    scores = rollout.scores.sum(dim=(1, 2))
+    kl = rollout.kl_to_ref.sum(dim=1).mean().item()
+    lengths = rollout.completion_lengths.float()
+    metrics = {
+        "reward": scores.mean().item(),
+        "reward_std": scores.std(correction=0).item(),
+        "kl_to_ref": kl,
+        "kl_coef": kl_coef,
+        "rlhf_reward": scores.mean().item() - kl_coef * kl,
+        "sampled_entropy": -masked_mean(rollout.logprobs, mask).item(),
+        "completion_length": lengths.mean().item(),
+        "completion_length/min": lengths.min().item(),
+        "completion_length/max": lengths.max().item(),
+        "eos_rate": rollout.ended.float().mean().item(),
+        "distinct_2": distinct_n(rollout.completion_ids, mask, 2),
+    }
+    for name, column in zip(names, scored.per_function.unbind(dim=1), strict=True):
+        applied = column[~column.isnan()]
+        if len(applied):
+            metrics[f"rewards/{name}/mean"] = applied.mean().item()
+            metrics[f"rewards/{name}/std"] = applied.std(correction=0).item()
+    return metrics | scored.metrics
+
+
+def advantage_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
+    """How good the critic was when the batch was sampled, and what it will be taught.
+
+    Args:
+        values: ``(B, T, K)`` at sampling.
+        returns: ``(B, T, K)`` the targets.
+        mask: ``(B, T)``.
+    """
+    value, target = values.sum(dim=-1), returns.sum(dim=-1)
+    error = target - value
+    return {
+        "advantage/mean": masked_mean(error, mask).item(),
+        "advantage/std": masked_var(error, mask).sqrt().item(),
+        "return/mean": masked_mean(target, mask).item(),
+        "return/std": masked_var(target, mask).sqrt().item(),
+        "value/mean": masked_mean(value, mask).item(),
+        "explained_variance": explained_variance(value, target, mask).item(),
+    }
+
+
+def distinct_n(token_ids: Tensor, mask: Tensor, n: int) -> float:
+    """Distinct n-grams over all n-grams of the counted tokens (Li et al., 2016, arXiv 1510.03055); 1 if there is none.
+
+    It falls with the number of completions, so compare only equal numbers of them.
+
+    Args:
+        token_ids: ``(B, T)``.
+        mask: ``(B, T)``.
+        n: Length of the n-grams.
+    """
+    grams = []
+    for row, keep in zip(token_ids, mask, strict=True):
+        kept = row[keep]
+        grams.append(kept.unfold(0, n, 1) if len(kept) >= n else kept.new_empty(0, n))
+    pooled = torch.cat(grams)
+    return len(pooled.unique(dim=0)) / len(pooled) if len(pooled) else 1.0
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one row per iteration, flushed as it is written; NaN and infinity become null."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(clean, allow_nan=False) + "\n")
+
+    def cut_after(self, step: int) -> None:
+        """Drop the rows of later iterations: a resumed run writes them anew."""
+        if not self.path.exists():
+            return
+        rows = [line for line in self.path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        self.path.write_text("".join(line + "\n" for line in rows))

@@ -1,0 +1,272 @@
+"""Policy and critic as one module, and the frozen reference.
+
+Dropout is off everywhere, always: the modules stay in evaluation mode, in training as well, so that sampling and
+learning see the same function and the first ratio is 1. Position ids always come from the attention mask: GPT-2 counts
+positions from the left edge otherwise, padding included, and its log-probabilities are silently wrong.
+
+Axes: ``B`` sequences, ``P`` prompt positions, ``T`` completion positions, ``S = P + T``, ``H`` hidden, ``V`` vocabulary,
+``K`` reward streams.
+"""
+
+import contextlib
+import copy
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+def attention_mask_of(prompt_mask: Tensor, completion_mask: Tensor) -> Tensor:
+    """``(B, P + T)`` what the model may attend to: the prompt, and the completion up to its last counted token.
+
+    Gaps within ``completion_mask`` (tokens put there by an environment) are part of the context; padding is not.
+    """
+    inside = completion_mask.flip(1).cummax(1).values.flip(1)
+    return torch.cat([prompt_mask, inside], dim=1)
+
+
+def position_ids_of(attention_mask: Tensor) -> Tensor:
+    """``(B, S)`` each token's place among the tokens that are there, from 0; padding gets 0."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def load_weights(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """``auto_class.from_pretrained`` in float32, safetensors only, with one clear message when it fails.
+
+    Raises:
+        OSError: The model is neither a directory with safetensors weights nor a reachable Hub id.
+    """
+    try:
+        return auto_class.from_pretrained(name_or_path, dtype=torch.float32, use_safetensors=True, **kwargs)
+    except OSError as error:
+        path = Path(name_or_path)
+        if path.is_dir() and list(path.glob("*.bin")) and not list(path.glob("*.safetensors")):
+            raise OSError(
+                f"{name_or_path!r} holds pickled weights only (*.bin), which can run code when loaded. Convert them "
+                f"once: load the model with transformers and save_pretrained() it again."
+            ) from error
+        raise OSError(
+            f"Could not load a model from {name_or_path!r}: it is neither a local directory with config.json and "
+            f"safetensors weights nor a Hub id reachable from here. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None" = None) -> nn.Module:
+    """The policy: loaded if named, float32, with a fresh adapter if ``peft_config`` is given.
+
+    Raises:
+        OSError: The model cannot be loaded.
+        ValueError: An adapter is asked for on a model that has one, or starts from something other than the identity.
+        TypeError: ``model`` is neither a name nor a model that can generate.
+    """
+    policy = load_weights(AutoModelForCausalLM, model) if isinstance(model, str | Path) else model
+    if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
+        raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
+    policy = policy.float()
+    if peft_config is None:
+        return policy
+    from peft import PeftModel, get_peft_model
+
+    if isinstance(policy, PeftModel):
+        raise ValueError("model has an adapter already: leave peft_config out to go on training that one.")
+    starts_changed = getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian", "orthogonal")
+    if starts_changed:
+        raise ValueError(
+            f"init_lora_weights={peft_config.init_lora_weights!r} changes the base weights, so the model with its "
+            f"adapter off would not be the reference: use True or 'gaussian'."
+        )
+    return get_peft_model(policy, peft_config, autocast_adapter_dtype=False)
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic in one module, so that one forward pass (and one DDP wrapper) serves both.
+
+    Without ``critic`` they share the trunk: a linear value head, zero at first, reads the policy's last hidden state.
+    With it, the critic is a model of its own with one output per stream.
+
+    Args:
+        policy: A causal language model, plain or with a peft adapter.
+        critic: ``None``, or a token-classification model with ``n_streams`` labels.
+        n_streams: Number of reward streams ``K``.
+    """
+
+    def __init__(self, policy: nn.Module, critic: PreTrainedModel | None = None, n_streams: int = 1) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+        self.value_head: nn.Linear | None = None
+        if critic is None:
+            self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, n_streams, dtype=torch.float32)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+            self.value_head.to(next(policy.parameters()).device)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "ActorCritic":
+        """Stay in evaluation mode: dropout is off everywhere."""
+        return super().train(False)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The parameters the policy loss may move."""
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The parameters that only the value loss moves."""
+        module = self.value_head if self.critic is None else self.critic
+        return [p for p in module.parameters() if p.requires_grad]
+
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        completion_ids: Tensor,
+        completion_mask: Tensor,
+        values_only: bool = False,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Logits of the distributions the completion's tokens were drawn from, and the values of those states.
+
+        Args:
+            prompt_ids: ``(B, P)``.
+            prompt_mask: ``(B, P)``.
+            completion_ids: ``(B, T)``.
+            completion_mask: ``(B, T)``.
+            values_only: The policy is frozen: no logits, and no gradient reaches the trunk.
+
+        Returns:
+            ``logits (B, T, V)`` (None if ``values_only``) and ``values (B, T, K)``; position t of both is the state
+            before token t.
+        """
+        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
+        attention_mask = attention_mask_of(prompt_mask, completion_mask)
+        n_completion = completion_ids.shape[1]
+        logits, hidden = None, None
+        if not values_only or self.critic is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not values_only):
+                logits, hidden = causal_forward(self.policy, input_ids, attention_mask, n_completion)
+        if self.critic is None:
+            return (None if values_only else logits), self.value_of(hidden)
+        return logits, self.critic_values(input_ids, attention_mask, n_completion)
+
+    def value_of(self, hidden: Tensor) -> Tensor:
+        """The shared trunk's value head, in float32 whatever the autocast: ``(..., H) -> (..., K)``."""
+        assert self.value_head is not None
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.float())
+
+    def critic_values(self, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> Tensor:
+        """``(B, T, K)`` values of a critic that is a model of its own, fed the same tokens."""
+        assert self.critic is not None
+        values = self.critic(**_inputs(self.critic, input_ids, attention_mask)).logits
+        return values[:, -n_completion - 1 : -1].float()
+
+
+def causal_forward(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, n_completion: int
+) -> tuple[Tensor, Tensor]:
+    """Teacher forcing: what the model says at the ``T`` states before each completion token.
+
+    Args:
+        model: A causal language model.
+        input_ids: ``(B, S)``, the completion in the last ``T`` columns.
+        attention_mask: ``(B, S)``.
+        n_completion: ``T``.
+
+    Returns:
+        ``logits (B, T, V)`` and the last hidden states ``(B, T, H)``.
+    """
+    out = model(
+        **_inputs(model, input_ids, attention_mask), output_hidden_states=True, logits_to_keep=n_completion + 1
+    )
+    return out.logits[:, :-1], out.hidden_states[-1][:, -n_completion - 1 : -1]
+
+
+def _inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+    if takes_position_ids(model):
+        inputs["position_ids"] = position_ids_of(attention_mask)
+    return inputs
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """Whether the model counts positions itself unless told (all but the ALiBi models)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "position_ids" in inspect.signature(base.forward).parameters
+
+
+class Reference:
+    """The frozen policy the KL penalty refers to.
+
+    A given ``ref_model``; else, for a policy with an adapter, the same weights with the adapter off; else a frozen copy
+    of the policy as it is now.
+    """
+
+    def __init__(self, policy: nn.Module, ref_model: nn.Module | None = None) -> None:
+        self.adapter_off = ref_model is None and hasattr(policy, "disable_adapter")
+        model = policy if self.adapter_off else ref_model if ref_model is not None else copy.deepcopy(policy)
+        if not self.adapter_off:
+            model = model.float().eval().requires_grad_(False)
+        self.model = model
+        self.is_initial_policy = ref_model is None
+
+    @torch.no_grad()
+    def logits(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
+        """``(B, T, V)`` logits of the states before each completion token."""
+        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
+        attention_mask = attention_mask_of(prompt_mask, completion_mask)
+        with self.model.disable_adapter() if self.adapter_off else contextlib.nullcontext():
+            return causal_forward(self.model, input_ids, attention_mask, completion_ids.shape[1])[0]
+
+
+def load_critic(critic: "str | PreTrainedModel", policy: nn.Module, n_streams: int = 1) -> PreTrainedModel:
+    """A critic of its own: a token-classification model with one label per stream.
+
+    A name may also be that of a sequence-classification (reward) model: its trunk is taken, and its one-label head too.
+    A language model's trunk gets a new head, which starts at zero.
+
+    Raises:
+        OSError: The critic cannot be loaded.
+        ValueError: Its labels or its vocabulary do not fit.
+    """
+    if isinstance(critic, str | Path):
+        critic = _load_critic_weights(str(critic), n_streams)
+    if getattr(critic.config, "num_labels", None) != n_streams:
+        raise ValueError(f"critic has {critic.config.num_labels} labels; expected {n_streams}, one per reward stream.")
+    n_vocab, n_policy = critic.get_input_embeddings().num_embeddings, policy.get_input_embeddings().num_embeddings
+    if n_vocab < n_policy:
+        raise ValueError(
+            f"critic knows {n_vocab} tokens and the policy {n_policy}: they must share the tokenizer. Train the "
+            f"critic's model with the policy's tokenizer, or leave critic out to share the policy's trunk."
+        )
+    return critic.float()
+
+
+def _load_critic_weights(name: str, n_streams: int) -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    architectures = load_weights_config(AutoConfig, name).architectures or [""]
+    critic = load_weights(AutoModelForTokenClassification, name, num_labels=n_streams, ignore_mismatched_sizes=True)
+    if "ForTokenClassification" in architectures[0]:
+        return critic
+    head = next(m for n, m in critic.named_modules() if n in ("score", "classifier"))
+    nn.init.zeros_(head.weight)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    if "ForSequenceClassification" in architectures[0]:
+        scorer = load_weights(AutoModelForSequenceClassification, name)
+        if scorer.config.num_labels == n_streams and hasattr(scorer, "score"):
+            head.weight.data.copy_(scorer.score.weight.data)
+    return critic
+
+
+def load_weights_config(auto_config: Any, name: str) -> Any:
+    """The configuration behind a name, with the same message as :func:`load_weights` when there is none."""
+    try:
+        return auto_config.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(f"Could not load a model configuration from {name!r}: {str(error).splitlines()[0]}") from error

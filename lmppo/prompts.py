@@ -1,0 +1,237 @@
+"""Prompts: a data set of text, chat messages or token ids becomes batches in an order that can be resumed exactly.
+
+The order is a pure function of (seed, epoch, position): the only state is the number of prompts drawn so far.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Prompt = str | list
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of one iteration, over all processes, each repeated ``num_generations`` times in a row.
+
+    Attributes:
+        prompts: Per completion, the prompt as the data set has it (text or messages; token ids are decoded).
+        input_ids: Per completion, the prompt's tokens.
+        columns: The data set's other columns, one value per completion.
+    """
+
+    prompts: list[Prompt]
+    input_ids: list[list[int]]
+    columns: dict[str, list]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, rows: range) -> "PromptBatch":
+        """The batch of some rows only."""
+        return PromptBatch(
+            self.prompts[rows.start : rows.stop],
+            self.input_ids[rows.start : rows.stop],
+            {name: column[rows.start : rows.stop] for name, column in self.columns.items()},
+        )
+
+
+def pad_left(rows: Sequence[Sequence[int]], width: int) -> tuple[Tensor, Tensor]:
+    """Token ids ``(B, width)`` padded on the left with 0, and the mask ``(B, width)`` that is True on tokens."""
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+        mask[i, width - len(row) :] = True
+    return ids, mask
+
+
+def is_conversational(prompt: Any) -> bool:
+    """Whether a prompt is a list of chat messages."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+
+
+class PromptEncoder:
+    """Turns a data row's prompt into tokens, and refuses what cannot be sampled from.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        vocab_size: Rows of the policy's embedding.
+        max_positions: The policy's context, or None where it has no limit.
+        max_completion_length: Room the completion needs.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, max_positions: int | None, max_completion_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_positions = max_positions
+        self.max_completion_length = max_completion_length
+
+    def encode(self, row: Any, number: int) -> tuple[Prompt, list[int]]:
+        """The prompt as reward functions see it, and its tokens.
+
+        Raises:
+            ValueError: The row has no prompt, or one that is empty, too long, or not text, messages or token ids.
+        """
+        prompt = row.get("prompt") if isinstance(row, dict) else row
+        if prompt is None:
+            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(
+                f"Row {number} of the data set has no `prompt` (found: {found}). Name the column `prompt`, or cut "
+                f"prompts from a `text` column with lmppo.prompts.cut_prompts (--prompt_tokens in the recipes)."
+            )
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        elif is_conversational(prompt):
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise ValueError(
+                    f"Row {number}: the prompt is a list of chat messages, but the tokenizer has no chat template. "
+                    f"Set tokenizer.chat_template, or give the prompts as text."
+                )
+            ids = self.tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        elif isinstance(prompt, list | tuple) and all(isinstance(token, int) for token in prompt):
+            ids = list(prompt)
+            self._check(ids, number)
+            return self.tokenizer.decode(ids), ids
+        else:
+            raise ValueError(
+                f"Row {number}: the prompt is a {type(prompt).__name__}; expected text, a list of messages "
+                f"({{'role': ..., 'content': ...}}), or a list of token ids."
+            )
+        self._check(ids, number)
+        return prompt, list(ids)
+
+    def _check(self, ids: Sequence[int], number: int) -> None:
+        if not ids:
+            raise ValueError(
+                f"Row {number}: the prompt has no tokens, and a language model needs something to go on from. Remove "
+                f"the row, or give it the beginning-of-text token."
+            )
+        if max(ids) >= self.vocab_size or min(ids) < 0:
+            raise ValueError(
+                f"Row {number}: token id {max(ids) if max(ids) >= self.vocab_size else min(ids)} is outside the "
+                f"model's vocabulary of {self.vocab_size}."
+            )
+        if self.max_positions is not None and len(ids) + self.max_completion_length > self.max_positions:
+            raise ValueError(
+                f"Row {number}: a prompt of {len(ids)} tokens and max_completion_length="
+                f"{self.max_completion_length} exceed the model's context of {self.max_positions}. Shorten the prompt "
+                f"(--prompt_tokens) or lower max_completion_length."
+            )
+
+
+class PromptStream:
+    """Batches of prompts without end: epoch after epoch, each row once per epoch, no row left over.
+
+    A map-style data set (anything with a length and integer indexing) is checked whole before training, and visited in a
+    new order each epoch. A streaming one is read in its own order and checked row by row.
+
+    Args:
+        dataset: Rows of ``{"prompt": ..., other columns}``, or of bare prompts.
+        encoder: Makes tokens of the prompts.
+        seed: Seeds the order.
+        shuffle: Whether to shuffle (map-style only).
+
+    Raises:
+        ValueError: The data set is empty, or a row's prompt is not usable.
+    """
+
+    def __init__(self, dataset: Any, encoder: PromptEncoder, *, seed: int = 0, shuffle: bool = True) -> None:
+        self.dataset = dataset
+        self.encoder = encoder
+        self.seed = seed
+        self.shuffle = shuffle
+        self.drawn = 0
+        self.is_map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        self._iterator: Iterator[Any] | None = None
+        self._read = 0
+        self._order, self._order_epoch = np.empty(0, dtype=np.int64), -1
+        if self.is_map_style:
+            if len(dataset) == 0:
+                raise ValueError("The data set is empty: it has no prompts to train on.")
+            self._encoded = [encoder.encode(dataset[i], i) for i in range(len(dataset))]
+        elif not isinstance(dataset, Iterable):
+            raise ValueError(f"The data set is a {type(dataset).__name__}; expected a Dataset, a list or an iterable.")
+
+    def next_batch(self, n_prompts: int, num_generations: int = 1) -> PromptBatch:
+        """The next prompts, each ``num_generations`` times in a row."""
+        drawn = [self._row(self.drawn + i) for i in range(n_prompts)]
+        self.drawn += n_prompts
+        return make_batch(drawn, num_generations)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of prompts drawn so far."""
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after that many prompts."""
+        self.drawn = int(state["drawn"])
+        self._iterator = None
+
+    def _row(self, position: int) -> tuple[Any, Prompt, list[int]]:
+        if not self.is_map_style:
+            return self._stream_row(position)
+        epoch, offset = divmod(position, len(self.dataset))
+        if self.shuffle and epoch != self._order_epoch:
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+            self._order, self._order_epoch = generator.permutation(len(self.dataset)), epoch
+        index = int(self._order[offset]) if self.shuffle else offset
+        return (self.dataset[index], *self._encoded[index])
+
+    def _stream_row(self, position: int) -> tuple[Any, Prompt, list[int]]:
+        if self._iterator is None:
+            self._iterator, self._read = iter(self.dataset), 0
+            for _ in range(position):
+                self._next_row()
+        row = self._next_row()
+        return (row, *self.encoder.encode(row, position))
+
+    def _next_row(self) -> Any:
+        assert self._iterator is not None
+        row = next(self._iterator, None)
+        if row is None:
+            if self._read == 0:
+                raise ValueError("The streaming data set is empty: it has no prompts to train on.")
+            self._iterator, self._read = iter(self.dataset), 0
+            row = next(self._iterator)
+        self._read += 1
+        return row
+
+
+def make_batch(drawn: Sequence[tuple[Any, Prompt, list[int]]], num_generations: int = 1) -> PromptBatch:
+    """Encoded rows as a batch, each ``num_generations`` times in a row."""
+    repeated = [item for item in drawn for _ in range(num_generations)]
+    names = [n for n in (drawn[0][0] if isinstance(drawn[0][0], dict) else {}) if n != "prompt"]
+    columns = {name: [row.get(name) for row, _, _ in repeated] for name in names}
+    return PromptBatch([prompt for _, prompt, _ in repeated], [ids for _, _, ids in repeated], columns)
+
+
+def cut_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int) -> Any:
+    """A `datasets.Dataset` with a ``text`` column gets a ``prompt`` column: the text's first tokens, as token ids.
+
+    Args:
+        dataset: The data set; texts shorter than ``prompt_tokens`` are left out.
+        tokenizer: The policy's tokenizer.
+        prompt_tokens: Tokens of each prompt.
+
+    Raises:
+        ValueError: There is no ``text`` column, or no text is long enough.
+    """
+    if "text" not in dataset.column_names:
+        raise ValueError(f"The data set has neither a `prompt` nor a `text` column (found: {dataset.column_names}).")
+
+    def cut(texts: list[str]) -> dict[str, list]:
+        ids = tokenizer(texts, truncation=True, max_length=prompt_tokens)["input_ids"]
+        return {"prompt": [row if len(row) == prompt_tokens else None for row in ids]}
+
+    dataset = dataset.map(cut, batched=True, input_columns="text", remove_columns="text")
+    dataset = dataset.filter(lambda prompt: prompt is not None, input_columns="prompt")
+    if len(dataset) == 0:
+        raise ValueError(f"No text of the data set has prompt_tokens={prompt_tokens} tokens: lower it.")
+    return dataset

@@ -1,0 +1,354 @@
+"""Rewards: trl's reward-function protocol, classifiers as reward functions, and one checked call for several of them.
+
+A reward function is called as trl's trainers call it: keyword arguments ``prompts``, ``completions``,
+``completion_ids``, every other data column as a list, and ``trainer_state``, ``log_extra``, ``log_metric``. It returns
+one number per completion, ``None`` where it does not apply, or, to reward each token, a list of numbers.
+"""
+
+import asyncio
+import functools
+import inspect
+import math
+import numbers
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy
+import torch
+from torch import Tensor
+
+from lmppo.classifier_reward import ClassifierReward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LARGEST = torch.finfo(torch.float32).max
+RIGHT_FORM = (
+    "Return a list with one number per completion (None where the function does not apply), or, for a reward on every "
+    "token, a list of lists with one number per completion token"
+)
+
+
+class RewardFn(Protocol):
+    """A reward function: plain or ``async def``, a callable object or a :func:`functools.partial`; trl's run unchanged.
+
+    Keyword arguments: every data column but the prompt (one value per completion), ``trainer_state`` (its
+    ``global_step`` counts the iterations), ``log_extra(column, values)`` and ``log_metric(name, value)``.
+    """
+
+    def __call__(self, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any) -> Any: ...
+
+
+class RewardError(RuntimeError):
+    """A reward function raised an exception, which is the ``__cause__``."""
+
+
+def completion_text(completion: str | list[dict[str, Any]]) -> str:
+    """The text of a completion: itself, or the contents of its chat messages."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(str(message.get("content") or "") for message in completion)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the reward functions gave for ``B`` completions.
+
+    Attributes:
+        token_scores: ``(B, width)`` float32, the weighted sum of all functions: a number for the whole completion
+            stands on its last token, rewards per token stand on their tokens.
+        per_function: ``(B, F)`` float32, each function's unweighted total per completion, NaN where it gave ``None``.
+        metrics: The mean of each metric that functions logged with ``log_metric``.
+        extras: The columns that functions logged with ``log_extra``, ``B`` values each.
+    """
+
+    token_scores: Tensor
+    per_function: Tensor
+    metrics: dict[str, float]
+    extras: dict[str, list]
+
+    def __post_init__(self) -> None:
+        n_rows = self.token_scores.shape[0]
+        for name in ("token_scores", "per_function"):
+            tensor = getattr(self, name)
+            if tensor.ndim != 2 or tensor.shape[0] != n_rows or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"Scores.{name} is {tensor.dtype} {tuple(tensor.shape)}; expected float32 ({n_rows}, ...)."
+                )
+        for column, values in self.extras.items():
+            if len(values) != n_rows:
+                raise ValueError(f"Scores.extras[{column!r}] has {len(values)} values; expected {n_rows}.")
+
+
+class RewardSet:
+    """All reward functions of a run, with their weights and names, called and checked as one.
+
+    Args:
+        reward_funcs: One or several of: a function of the :class:`RewardFn` protocol; a directory, Hub id or loaded
+            model of a sequence classifier with one label, whose logit is the reward.
+        reward_weights: One weight per function (default: 1 each).
+        reward_processing_classes: The tokenizer of each classifier, ``None`` for a function (default: the saved ones).
+        device: Where classifiers given by name or as models score.
+
+    Raises:
+        ValueError: No function is given, the counts do not match, or a classifier cannot be used.
+        TypeError: A function is not callable or does not take the protocol's keyword arguments.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: "RewardFn | str | PreTrainedModel | Sequence[RewardFn | str | PreTrainedModel]",
+        reward_weights: Sequence[float] | None = None,
+        reward_processing_classes: "PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None" = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if not functions:
+            raise ValueError("reward_funcs is empty: give at least one reward function.")
+        self.weights = [float(w) for w in ([1.0] * len(functions) if reward_weights is None else reward_weights)]
+        tokenizers: list[Any] = [None] * len(functions)
+        if reward_processing_classes is not None:
+            one = not isinstance(reward_processing_classes, list | tuple)
+            tokenizers = [reward_processing_classes] if one else list(reward_processing_classes)  # type: ignore[arg-type]
+        for setting, given in (("reward_weights", self.weights), ("reward_processing_classes", tokenizers)):
+            if len(given) != len(functions):
+                raise ValueError(
+                    f"{setting} has {len(given)} entries for {len(functions)} reward functions: give one for each."
+                )
+        if not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"reward_weights={self.weights} must be finite numbers.")
+        self._functions = [_as_function(f, t, device) for f, t in zip(functions, tokenizers, strict=True)]
+        self.names = _unique_names(self._functions)
+
+    def score(
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        columns: dict[str, list],
+        trainer_state: Any,
+        width: int,
+    ) -> Scores:
+        """Call every function on copies of the batch, check what it returns, and add it up per token.
+
+            token_scores[b, t] = sum_f weight_f * reward_f[b, t]
+
+        A number for the whole completion counts as a reward on its last token, ``None`` as no reward. Python's,
+        numpy's and torch's random states are the same after the call as before.
+
+        Args:
+            prompts: ``B`` prompts, text or chat messages.
+            completions: ``B`` completions, of the same kind.
+            completion_ids: ``B`` lists of the sampled tokens that count.
+            columns: The other data columns, ``B`` values each.
+            trainer_state: Passed on; its ``global_step`` is named in errors.
+            width: Positions ``T`` of the result, at least the longest completion.
+
+        Raises:
+            RewardError: A function raised an exception.
+            TypeError: A function returned something that is no number.
+            ValueError: A function returned the wrong count or shape, NaN, infinity or a number beyond float32, or no
+                function applies to a row.
+        """
+        lengths = [len(ids) for ids in completion_ids]
+        if not all(0 < n <= width for n in lengths):
+            raise ValueError(f"completions of {min(lengths)} to {max(lengths)} tokens do not fit 1 to width={width}.")
+        log = _Log(len(completions))
+        batch = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        with _own_randomness(_global_step(trainer_state)):
+            returned = self._call_all(batch, trainer_state, log)
+
+        tokens = torch.zeros(len(completions), width, dtype=torch.float64)
+        totals = torch.full((len(completions), len(self.names)), math.nan, dtype=torch.float64)
+        for f, (name, weight, values) in enumerate(zip(self.names, self.weights, returned, strict=True)):
+            for b, row in enumerate(_checked_rows(name, values, lengths, completions)):
+                if row is not None:
+                    tokens[b, lengths[b] - len(row) : lengths[b]] += weight * torch.tensor(row, dtype=torch.float64)
+                    totals[b, f] = math.fsum(row)
+        _check_totals(tokens, totals, completions)
+        metrics = {name: math.fsum(values) / len(values) for name, values in log.metrics.items()}
+        return Scores(tokens.float(), totals.float(), metrics, log.extras)
+
+    def _call_all(self, batch: dict[str, list], trainer_state: Any, log: "_Log") -> list[Any]:
+        """What each function returned: first the plain ones, one after the other, then the async ones together."""
+        returned = []
+        for name, function in zip(self.names, self._functions, strict=True):
+            arguments = {key: _copied(value) for key, value in batch.items()}
+            try:
+                returned.append(
+                    function(**arguments, trainer_state=trainer_state, log_extra=log.extra, log_metric=log.metric)
+                )
+            except Exception as error:
+                raise _reward_error(name, trainer_state, error) from error
+        waiting = {i: value for i, value in enumerate(returned) if inspect.isawaitable(value)}
+        if waiting:
+            results = asyncio.run_coroutine_threadsafe(_gather(list(waiting.values())), self._loop).result()
+            for i, result in zip(waiting, results, strict=True):
+                if isinstance(result, BaseException):
+                    raise _reward_error(self.names[i], trainer_state, result) from result
+                returned[i] = result
+        return returned
+
+    @functools.cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """One event loop in a thread of its own: clients outlive a call, and a notebook's loop is left alone."""
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, name="lmppo-rewards", daemon=True).start()
+        return loop
+
+
+def _as_function(given: Any, tokenizer: Any, device: torch.device | str | None) -> Callable[..., Any]:
+    if isinstance(given, str | Path | torch.nn.Module):
+        return ClassifierReward(given, tokenizer, device=device)  # type: ignore[arg-type]
+    if not callable(given):
+        raise TypeError(f"reward function {given!r} is a {type(given).__name__}: give a callable, a path or a model.")
+    try:
+        parameters = inspect.signature(given).parameters
+    except ValueError:  # a builtin without a signature
+        return given
+    protocol = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not protocol <= set(parameters):
+        raise TypeError(
+            f"reward function {_name(given)!r} does not accept {', '.join(sorted(protocol - set(parameters)))}: "
+            "add **kwargs to its parameters."
+        )
+    return given
+
+
+def _name(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _unique_names(functions: list[Callable[..., Any]]) -> list[str]:
+    names: list[str] = []
+    for function in functions:
+        name, count = _name(function), 1
+        while (name if count == 1 else f"{name}_{count}") in names:
+            count += 1
+        names.append(name if count == 1 else f"{name}_{count}")
+    return names
+
+
+class _Log:
+    """What the reward functions of one call report beside their rewards; the last column of a name stays."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.n_rows = n_rows
+        self.metrics: dict[str, list[float]] = {}
+        self.extras: dict[str, list] = {}
+
+    def extra(self, column: str, values: Sequence) -> None:
+        if len(values) != self.n_rows:
+            raise ValueError(f"log_extra({column!r}) got {len(values)} values for {self.n_rows} completions.")
+        self.extras[column] = list(values)
+
+    def metric(self, name: str, value: float) -> None:
+        self.metrics.setdefault(name, []).append(float(value))
+
+
+def _copied(value: Any) -> Any:
+    """A copy of nested lists and dicts, so that a function which edits its arguments edits only its own."""
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value
+
+
+@contextmanager
+def _own_randomness(step: int) -> Iterator[None]:
+    """Random states of their own for reward functions, other ones at every step; the caller's come back after."""
+    python, numpys = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            seed = (random.getrandbits(32) + step) % 2**32
+            random.seed(seed)
+            numpy.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(numpys)
+
+
+async def _gather(awaitables: list[Any]) -> list[Any]:
+    return await asyncio.gather(*awaitables, return_exceptions=True)
+
+
+def _global_step(trainer_state: Any) -> int:
+    return int(getattr(trainer_state, "global_step", 0))
+
+
+def _reward_error(name: str, trainer_state: Any, error: BaseException) -> RewardError:
+    step = _global_step(trainer_state)
+    return RewardError(f"reward function {name!r} raised {type(error).__name__} at step {step}: {error}")
+
+
+def _checked_rows(name: str, returned: Any, lengths: list[int], completions: list) -> list[list[float] | None]:
+    """Each row's rewards: its last token's alone, one per token, or ``None``."""
+    if isinstance(returned, Tensor | numpy.ndarray):
+        if returned.ndim != 1:
+            raise ValueError(
+                f"reward function {name!r} returned a {type(returned).__name__} of shape {tuple(returned.shape)}; "
+                f"expected ({len(lengths)},). {RIGHT_FORM}."
+            )
+        returned = returned.tolist()
+    if not isinstance(returned, list | tuple):
+        raise TypeError(f"reward function {name!r} returned a {type(returned).__name__}. {RIGHT_FORM}.")
+    if len(returned) != len(lengths):
+        raise ValueError(
+            f"reward function {name!r} returned {len(returned)} rewards for {len(lengths)} completions. {RIGHT_FORM}."
+        )
+    return [
+        _checked_row(value, n, f"reward function {name!r}, row {b} (completion {_excerpt(completion)})")
+        for b, (value, n, completion) in enumerate(zip(returned, lengths, completions, strict=True))
+    ]
+
+
+def _checked_row(value: Any, length: int, where: str) -> list[float] | None:
+    if value is None:
+        return None
+    if isinstance(value, Tensor | numpy.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        return [_checked_number(value, where)]
+    if len(value) != length:
+        raise ValueError(f"{where}: {len(value)} numbers for {length} completion tokens. {RIGHT_FORM}.")
+    row = [_checked_number(number, where) for number in value]
+    _checked_number(math.fsum(row), f"{where}, total")
+    return row
+
+
+def _checked_number(value: Any, where: str) -> float:
+    if isinstance(value, Tensor | numpy.ndarray) and value.ndim == 0:
+        value = value.tolist()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{where}: {value!r} is a {type(value).__name__}, not a number. {RIGHT_FORM}.")
+    number = float(value) if abs(value) <= LARGEST else math.nan  # type: ignore[operator]
+    if math.isnan(number):
+        raise ValueError(f"{where}: the reward {value!r} is NaN, infinite or beyond float32. Rewards must be finite.")
+    return number
+
+
+def _check_totals(tokens: Tensor, totals: Tensor, completions: list) -> None:
+    unscored = totals.isnan().all(dim=1).nonzero().flatten().tolist()
+    if unscored:
+        raise ValueError(
+            f"every reward function returned None for row {unscored[0]} (completion "
+            f"{_excerpt(completions[unscored[0]])}): at least one must score each completion."
+        )
+    overflown = (~tokens.float().isfinite()).any(dim=1).nonzero().flatten().tolist()
+    if overflown:
+        raise ValueError(f"the weighted sum of rewards of row {overflown[0]} overflows float32: lower reward_weights.")
+
+
+def _excerpt(completion: Any) -> str:
+    text = completion_text(completion)
+    return repr(text if len(text) <= 50 else text[:50] + "...")

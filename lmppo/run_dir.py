@@ -1,0 +1,94 @@
+"""The run directory: what is in it, and whether a run may start there, go on there, or must keep its hands off."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lmppo.checkpoint import CheckpointError, list_checkpoints, newest_valid_checkpoint, verify_checkpoint
+
+# Settings that may differ when a run is continued: they change what is shown and kept, not what is learned.
+FREE_SETTINGS = {
+    "output_dir", "max_steps", "resume_from_checkpoint", "use_cpu", "micro_batch_size", "logging_steps", "eval_steps",
+    "eval_completions", "save_steps", "save_total_limit", "log_completions", "report_to", "run_name", "disable_tqdm",
+}  # fmt: skip
+
+
+def read_run_config(output_dir: str | Path) -> dict[str, Any] | None:
+    """What ``run_config.yaml`` says, or None if there is none."""
+    path = Path(output_dir) / "run_config.yaml"
+    return yaml.safe_load(path.read_text()) if path.exists() else None
+
+
+def write_run_config(output_dir: str | Path, settings: dict[str, Any]) -> None:
+    """Write ``run_config.yaml``."""
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    (Path(output_dir) / "run_config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+
+
+def find_resume_point(output_dir: str | Path, resume: str | bool | None, settings: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from; None to start at the beginning. Changes nothing on disk.
+
+    Args:
+        output_dir: The run directory.
+        resume: None: the directory must hold no run. ``"auto"``: the newest valid checkpoint of this same run, or the
+            beginning. True or ``"true"``: the newest valid checkpoint. Otherwise a checkpoint's directory.
+        settings: The configuration and model of the run that asks.
+
+    Raises:
+        CheckpointError: The directory holds another run, or the checkpoint asked for is missing or damaged.
+    """
+    root = Path(output_dir)
+    holds_run = any((root / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
+    if resume in (None, False, "false", "none"):
+        if holds_run:
+            raise CheckpointError(
+                f"output_dir={str(root)!r} already holds a run. Pass --resume_from_checkpoint auto to go on with it, "
+                f"or another --output_dir."
+            )
+        return None
+    if resume not in (True, "true", "auto"):
+        return _explicit(root, Path(str(resume)))
+    if resume == "auto" and holds_run:
+        _refuse_another_run(root, settings)
+    point, rejected = newest_valid_checkpoint(root)
+    for reason in rejected:
+        print(f"Passed over a damaged checkpoint. {reason}")
+    if point is None and (rejected or resume != "auto"):
+        reasons = "; ".join(rejected) or "there is none"
+        raise CheckpointError(f"No checkpoint in {root} can be resumed: {reasons}.")
+    return point
+
+
+def discard_unsaved(output_dir: str | Path) -> None:
+    """Remove what an interrupted save or final export left behind."""
+    for leftover in [*Path(output_dir).glob(".tmp-*"), *(Path(output_dir) / "checkpoints").glob(".tmp-*")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings that decide what is learned and differ: name -> (old, new)."""
+    names = (set(old) | set(new)) - FREE_SETTINGS
+    return {n: (old.get(n), new.get(n)) for n in sorted(names) if old.get(n) != new.get(n)}
+
+
+def _explicit(root: Path, path: Path) -> Path:
+    if not path.is_dir():
+        names = ", ".join(p.name for p in list_checkpoints(root)) or "none"
+        raise CheckpointError(f"resume_from_checkpoint={str(path)!r} is no directory. Checkpoints of {root}: {names}.")
+    verify_checkpoint(path)
+    return path
+
+
+def _refuse_another_run(root: Path, settings: dict[str, Any]) -> None:
+    old = read_run_config(root)
+    if old is None:
+        raise CheckpointError(f"output_dir={str(root)!r} is not empty and holds no run_config.yaml: choose another one.")
+    changed = changed_settings(old, settings)
+    if changed:
+        listed = "; ".join(f"{name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items())
+        raise CheckpointError(
+            f"output_dir={str(root)!r} holds a run with other settings ({listed}). Choose another --output_dir, or pass "
+            f"--resume_from_checkpoint true to go on with the new settings."
+        )

@@ -1,0 +1,220 @@
+"""Token-by-token sampling over a KV cache: tokens, log-probabilities and values in one pass.
+
+The noise of a token is a pure function of (seed, iteration, row, position). So tokens do not depend on the number of
+processes, on which rows have finished or on batching, and the sampler has no state to save.
+
+Axes: ``B`` rows, ``P`` prompt positions, ``T`` completion positions, ``V`` vocabulary, ``K`` reward streams.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from lmppo.functional import token_logprobs
+from lmppo.models import ActorCritic, attention_mask_of, position_ids_of, takes_position_ids
+
+# What a stream of noise is for; each purpose has its own numbers.
+ROLLOUT, EVALUATION = 0, 1
+
+
+class NonFiniteError(RuntimeError):
+    """A number that must be finite is NaN or infinite; nothing was updated or saved with it."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What :func:`sample` returns; shapes and meanings as in :class:`lmppo.experience.Rollout`."""
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    ended: Tensor
+    support: Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """The distribution to sample: temperature first, then top-k, top-p and min-p as in transformers.
+
+    Attributes:
+        max_completion_length: Most tokens of a completion.
+        eos_token_ids: A completion ends with any of these; empty: never.
+        temperature: Divides the logits.
+        top_k: Keep the k likeliest tokens; 0 keeps all.
+        top_p: Keep the smallest set of tokens of this probability; 1 keeps all.
+        min_p: Keep tokens of at least ``min_p`` times the likeliest one's probability; 0 keeps all.
+    """
+
+    max_completion_length: int
+    eos_token_ids: tuple[int, ...] = ()
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def support(self, logits: Tensor) -> Tensor:
+        """``(B, V)`` True on the tokens that may be sampled; ``(B, 1)`` and True if all may."""
+        warpers = LogitsProcessorList()
+        if self.top_k > 0:
+            warpers.append(TopKLogitsWarper(min(self.top_k, logits.shape[-1])))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p > 0:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        if not warpers:
+            return torch.ones(logits.shape[0], 1, dtype=torch.bool, device=logits.device)
+        return warpers(torch.empty(0), logits.float() / self.temperature) > float("-inf")
+
+
+def uniform_noise(seed: int, iteration: int, rows: range, n_time: int, *, purpose: int = ROLLOUT) -> Tensor:
+    """``(len(rows), T)`` float64 uniforms in [0, 1), row by row from a counter-based generator (Philox 4x64).
+
+    Args:
+        seed: The run's seed.
+        iteration: The PPO iteration.
+        rows: Global row numbers.
+        n_time: ``T``.
+        purpose: ``ROLLOUT`` or ``EVALUATION``.
+    """
+    noise = np.empty((len(rows), n_time))
+    for i, row in enumerate(rows):
+        generator = np.random.Philox(key=[seed, iteration], counter=[0, 0, row, purpose])
+        noise[i] = np.random.Generator(generator).random(n_time)
+    return torch.from_numpy(noise)
+
+
+def draw(logits: Tensor, support: Tensor, uniforms: Tensor, *, temperature: float) -> Tensor:
+    """``(B,)`` tokens by inversion of the cumulative distribution: the first token whose cdf exceeds the uniform.
+
+    Args:
+        logits: ``(B, V)``.
+        support: ``(B, V)`` or ``(B, 1)``.
+        uniforms: ``(B,)`` in [0, 1).
+        temperature: Divides the logits.
+
+    Raises:
+        NonFiniteError: A row's logits are NaN or infinite.
+    """
+    scaled = (logits.float() / temperature).masked_fill(~support, float("-inf"))
+    cdf = scaled.softmax(dim=-1).double().cumsum(dim=-1)
+    total = cdf[:, -1:]
+    if not bool(torch.isfinite(total).all()):
+        rows = (~torch.isfinite(total[:, 0])).nonzero()[:, 0].tolist()
+        raise NonFiniteError(f"The policy's logits are not finite in rows {rows[:8]} of the sampled batch.")
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    return torch.searchsorted(cdf, torch.minimum(uniforms[:, None] * total, below_total), right=True)[:, 0]
+
+
+@torch.no_grad()
+def sample(model: ActorCritic, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, params: SamplingParams) -> Samples:
+    """Sample one completion per row.
+
+    Rows that have ended are dropped from the batch and from the cache. With a shared trunk the values come from the same
+    pass; a critic of its own reads the finished sequences once.
+
+    Args:
+        model: Policy and critic.
+        prompt_ids: ``(B, P)`` left-padded.
+        prompt_mask: ``(B, P)``, no row empty.
+        uniforms: ``(B, T)``, see :func:`uniform_noise`.
+        params: The distribution.
+
+    Returns:
+        :class:`Samples`, ``T = params.max_completion_length``; 0 where the mask is False.
+
+    Raises:
+        NonFiniteError: The policy's logits are NaN or infinite.
+    """
+    device, n_rows, n_time = prompt_ids.device, prompt_ids.shape[0], params.max_completion_length
+    n_streams = model.value_head.out_features if model.value_head is not None else 1
+    ids = torch.zeros(n_rows, n_time, dtype=torch.long, device=device)
+    mask = torch.zeros(n_rows, n_time, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(n_rows, n_time, device=device)
+    values = torch.zeros(n_rows, n_time, n_streams, device=device)
+    ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
+    supports = []
+    eos = torch.tensor(params.eos_token_ids, dtype=torch.long, device=device)
+
+    decoder = _Decoder(model, prompt_ids, prompt_mask)
+    alive = torch.arange(n_rows, device=device)
+    for t in range(n_time):
+        logits, hidden = decoder.logits, decoder.hidden
+        support = params.support(logits)
+        token = draw(logits, support, uniforms[:, t].to(device)[alive], temperature=params.temperature)
+        ids[alive, t] = token
+        mask[alive, t] = True
+        logprobs[alive, t] = token_logprobs(logits, token, temperature=params.temperature, support=support)
+        if hidden is not None:
+            values[alive, t] = model.value_of(hidden)
+        supports.append(_scatter_support(support, alive, n_rows))
+        finished = torch.isin(token, eos)
+        ended[alive] = finished
+        if t + 1 == n_time or bool(finished.all()):
+            break
+        if bool(finished.any()):
+            alive, token = alive[~finished], token[~finished]
+            decoder.keep(~finished)
+        decoder.feed(token)
+
+    if model.critic is not None:
+        sequence = torch.cat([prompt_ids, ids], dim=1)
+        values = model.critic_values(sequence, attention_mask_of(prompt_mask, mask), n_time)
+        values = torch.where(mask[..., None], values, 0.0)
+    support = torch.stack(supports, dim=1)
+    padding = support.new_ones(n_rows, n_time - support.shape[1], support.shape[2])
+    support = torch.cat([support, padding], dim=1)
+    return Samples(prompt_ids, prompt_mask, ids, mask, logprobs, values, ended, support)
+
+
+def _scatter_support(support: Tensor, alive: Tensor, n_rows: int) -> Tensor:
+    whole = torch.ones(n_rows, support.shape[1], dtype=torch.bool, device=support.device)
+    whole[alive] = support
+    return whole
+
+
+class _Decoder:
+    """The policy's KV cache, fed one token per row at a time; rows can be dropped.
+
+    Attributes:
+        logits: ``(B, V)`` of the next token.
+        hidden: ``(B, H)`` last hidden state, or None if the critic does not read the trunk.
+    """
+
+    def __init__(self, model: ActorCritic, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        self.policy = model.policy
+        self.wants_hidden = model.critic is None
+        self.wants_positions = takes_position_ids(model.policy)
+        self.cache = DynamicCache(config=model.policy.config)
+        self.attention_mask = prompt_mask.long()
+        self._forward(prompt_ids, position_ids_of(prompt_mask))
+
+    def feed(self, token: Tensor) -> None:
+        """Append one token per row, ``(B,)``."""
+        position = self.attention_mask.sum(dim=1, keepdim=True)
+        self.attention_mask = torch.cat([self.attention_mask, torch.ones_like(position)], dim=1)
+        self._forward(token[:, None], position)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, ``(B,)`` bool."""
+        self.cache.batch_select_indices(rows.nonzero()[:, 0])
+        self.attention_mask = self.attention_mask[rows]
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        out = self.policy(
+            input_ids=input_ids,
+            attention_mask=self.attention_mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=self.wants_hidden,
+            **({"position_ids": position_ids} if self.wants_positions else {}),
+        )
+        self.logits = out.logits[:, -1]
+        self.hidden = out.hidden_states[-1][:, -1] if self.wants_hidden else None

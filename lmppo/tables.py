@@ -1,0 +1,39 @@
+"""Prompts and completions as a table that a person likes to read."""
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def print_completions(
+    title: str, prompts: Sequence, completions: Sequence[str], columns: Mapping[str, Sequence], *, rows: int
+) -> None:
+    """Print the first rows of prompts and completions with columns of numbers or text beside them.
+
+    Args:
+        title: Title of the table.
+        prompts: Text, or chat messages (their contents are shown).
+        completions: Text; control characters are shown, not obeyed.
+        columns: Further columns; numbers are rounded.
+        rows: How many rows.
+    """
+    table = Table(title=title, show_lines=True, expand=False)
+    for name in ("prompt", "completion", *columns):
+        table.add_column(name, overflow="fold")
+    for i in range(min(rows, len(completions))):
+        prompt = prompts[i]
+        if not isinstance(prompt, str):
+            prompt = " ".join(str(message["content"]) for message in prompt)
+        cells = [_printable(prompt), _printable(completions[i]), *(_cell(column[i]) for column in columns.values())]
+        table.add_row(*(Text(cell) for cell in cells))
+    Console().print(table)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "\n" if c == "\n" else repr(c)[1:-1] for c in text)

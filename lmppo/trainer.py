@@ -1,0 +1,444 @@
+"""PPOTrainer: the short loop that joins prompts, rollout, estimator and update; every stage is public."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import accelerate
+import torch
+import transformers
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from lmppo import checkpoint as ckpt
+from lmppo.config import PPOConfig
+from lmppo.estimators import estimate, shape_rewards
+from lmppo.experience import Experience
+from lmppo.kl_control import AdaptiveKL, FixedKL
+from lmppo.metrics import MetricsFile, advantage_metrics, rollout_metrics
+from lmppo.models import ActorCritic, Reference, load_critic, load_policy
+from lmppo.prompts import PromptEncoder, PromptStream
+from lmppo.rewards import RewardSet
+from lmppo.rollout import ScoredRollout, collect_rollout
+from lmppo.run_dir import changed_settings, discard_unsaved, find_resume_point, write_run_config
+from lmppo.sampling import EVALUATION, ROLLOUT, SamplingParams
+from lmppo.schedule import learning_rate_at
+from lmppo.tables import print_completions
+from lmppo.update import STEP_ZERO_TOLERANCE, StepZeroError, ppo_update
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+def make_accelerator(args: PPOConfig) -> Accelerator:
+    """The accelerator of a run; a launch that would start several runs in one directory is refused.
+
+    Raises:
+        RuntimeError: The launcher started more processes than accelerate sees, or the model would be sharded.
+        ValueError: The sizes of the configuration do not divide over the processes.
+    """
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=args.critic_warmup_steps > 0)
+    accelerator = Accelerator(
+        cpu=args.use_cpu or not torch.accelerator.is_available(),
+        mixed_precision="bf16" if args.bf16 else None,
+        log_with=args.report_to or None,
+        project_dir=args.output_dir,
+        kwargs_handlers=[ddp],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"The launcher started {launched} processes, but accelerate sees {accelerator.num_processes}: each would run "
+            f"alone and overwrite the others. On CPUs, launch with ACCELERATE_USE_CPU=true and --multi_gpu "
+            f"(see docs/distributed.md)."
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise RuntimeError(
+            f"{accelerator.distributed_type.value} shards the model, which lmppo does not support yet: use plain "
+            f"data parallelism (--multi_gpu), and LoRA (--use_peft) to save memory."
+        )
+    args.check_processes(accelerator.num_processes)
+    return accelerator
+
+
+class PPOTrainer:
+    """Token-level PPO with a critic for a causal language model.
+
+    Args:
+        model: Hub id or directory of the policy, or the model itself (also with a peft adapter).
+        reward_funcs: One or several reward functions in trl's protocol, or names of one-label sequence classifiers.
+        args: The configuration.
+        train_dataset: Rows with a ``prompt`` (text, chat messages or token ids); other columns go to the reward functions.
+        eval_dataset: The same, for :meth:`evaluate`.
+        processing_class: The policy's tokenizer; loaded from the model's name if not given.
+        reward_processing_classes: Tokenizers of the reward models.
+        peft_config: Train an adapter; the reference is then the same model with the adapter off.
+        ref_model: The reference, if it is not the policy as it is now.
+        critic: None: a value head on the policy's trunk. Otherwise the name of a model, or a token-classification model.
+        callbacks: transformers callbacks.
+
+    Raises:
+        ValueError: The arguments do not fit together; the message names the culprit and the remedy.
+        TypeError: An argument is of the wrong kind.
+        OSError: A model or a tokenizer cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Callable | str | PreTrainedModel | Sequence[Callable | str | PreTrainedModel],
+        args: PPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        peft_config: "PeftConfig | None" = None,
+        ref_model: PreTrainedModel | str | None = None,
+        critic: PreTrainedModel | str | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.args = args if args is not None else PPOConfig()
+        if not isinstance(self.args, PPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}; expected a lmppo.PPOConfig.")
+        if train_dataset is None:
+            raise ValueError("train_dataset is missing: give rows with a `prompt`.")
+        self.accelerator = make_accelerator(self.args)
+        torch.manual_seed(self.args.seed)  # adapters start from random numbers
+        policy = load_policy(model, peft_config)
+        self.processing_class = processing_class if processing_class is not None else _load_tokenizer(policy)
+        policy.to(self.accelerator.device)
+        if isinstance(ref_model, str):
+            ref_model = load_policy(ref_model)
+        self.reference = Reference(policy, ref_model.to(self.accelerator.device) if ref_model is not None else None)
+        # A trained adapter that the user brings differs from the reference before any step; anything else may not.
+        self._kl_starts_at_zero = ref_model is None and (peft_config is not None or not hasattr(policy, "peft_config"))
+        self.rewards = RewardSet(
+            reward_funcs, self.args.reward_weights, reward_processing_classes, device=self.accelerator.device
+        )
+        self.params = _sampling_params(self.args, self.processing_class, policy)
+        encoder = _prompt_encoder(self.processing_class, policy, self.args)
+        self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
+        self.eval_prompts = None if eval_dataset is None else PromptStream(eval_dataset, encoder, shuffle=False)
+        if self.args.eval_steps is not None and self.eval_prompts is None:
+            raise ValueError(f"eval_steps={self.args.eval_steps} needs an eval_dataset.")
+
+        actor_critic = ActorCritic(policy, None if critic is None else load_critic(critic, policy))
+        self.optimizer = make_optimizer(actor_critic, self.args)
+        self.model, self.optimizer = self.accelerator.prepare(actor_critic, self.optimizer)
+        self.kl_control = make_kl_control(self.args)
+        self.metrics_file = MetricsFile(Path(self.args.output_dir) / "metrics.jsonl")
+        self.num_tokens = 0
+        self.state = TrainerState(
+            max_steps=self.args.max_steps,
+            is_local_process_zero=self.accelerator.is_local_main_process,
+            is_world_process_zero=self.accelerator.is_main_process,
+        )
+        self.control = TrainerControl()
+        self.callbacks = list(callbacks or [])
+
+    @property
+    def actor_critic(self) -> ActorCritic:
+        """Policy and critic, without the wrapper for distributed training."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainerState:
+        """Run PPO up to ``max_steps``, and write ``final/``.
+
+        Args:
+            resume_from_checkpoint: As in :class:`PPOConfig`, which it overrides.
+
+        Raises:
+            CheckpointError: The run directory cannot be used, or the checkpoint cannot be resumed.
+        """
+        first = self._open_run(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        if first >= self.args.max_steps:
+            self.accelerator.print(f"Nothing to do: the run in {self.args.output_dir} is at step {first} already.")
+            return self.state
+        self._fire("on_train_begin")
+        bar = tqdm(
+            initial=first,
+            total=self.args.max_steps,
+            desc="PPO",
+            disable=self.args.disable_tqdm or not self.accelerator.is_main_process,
+        )
+        for iteration in range(first, self.args.max_steps):
+            self._fire("on_step_begin")
+            row = self.step(iteration, check_step_zero=iteration == first)
+            bar.update()
+            bar.set_postfix_str(
+                f"reward {row['reward']:.3f}, kl {row['kl_to_ref']:.2f}, ev {row['explained_variance']:.2f}, "
+                f"{row['tokens_per_second']:.0f} tok/s"
+            )
+            self._fire("on_step_end")
+            stop = self.control.should_training_stop
+            if _is_due(self.args.save_steps, iteration + 1) or self.control.should_save or stop:
+                self.save_checkpoint()
+            if stop:
+                break
+        bar.close()
+        if not ckpt.checkpoint_dir(self.args.output_dir, self.state.global_step).exists():
+            self.save_checkpoint()
+        self.save_model(Path(self.args.output_dir) / "final")
+        self._fire("on_train_end")
+        self.accelerator.end_training()
+        return self.state
+
+    def step(self, iteration: int, *, check_step_zero: bool = False) -> dict[str, float]:
+        """One PPO iteration: rollout, rewards, advantages, update; returns the row of metrics it logged."""
+        args, started = self.args, time.perf_counter()
+        lr, critic_lr = self._set_learning_rates(iteration)
+        prompts = self.prompts.next_batch(args.rollout_batch_size // args.num_generations, args.num_generations)
+        scored = self.rollout(prompts, iteration)
+        sampled = time.perf_counter()
+
+        rollout, kl_coef = scored.rollout, self.kl_control.coef
+        if check_step_zero and iteration == 0 and self._kl_starts_at_zero:
+            self._check_kl_zero(scored)
+        rewards = shape_rewards(rollout, kl_coef=kl_coef)
+        advantages, returns = estimate(rollout, rewards, args)
+        experience = Experience.from_rollout(rollout, advantages, returns)
+        stats = ppo_update(
+            self.model,
+            self.optimizer,
+            experience,
+            args,
+            self.accelerator,
+            iteration=iteration,
+            first_ratio_tolerance=self._tolerance if check_step_zero else None,
+        )
+        row = rollout_metrics(scored, self.rewards.names, kl_coef=kl_coef) | stats
+        row |= advantage_metrics(rollout.values, returns, rollout.completion_mask)
+        self.kl_control.update(row["kl_to_ref"], args.rollout_batch_size)
+
+        n_tokens, seconds = int(rollout.completion_mask.sum()), time.perf_counter() - started
+        self.num_tokens += n_tokens
+        row |= {"learning_rate": lr, "critic_learning_rate": critic_lr, "num_tokens": self.num_tokens}
+        row |= {"tokens_per_second": n_tokens / seconds, "time/rollout": sampled - started}
+        row |= {"time/update": seconds - (sampled - started)}
+        self._finish_step(iteration + 1, row, scored)
+        return row
+
+    def rollout(self, prompts: Any, iteration: int, *, purpose: int = ROLLOUT) -> ScoredRollout:
+        """Sample and score one completion for each prompt of a batch."""
+        return collect_rollout(
+            self.model,
+            self.reference,
+            self.rewards,
+            prompts,
+            self.args,
+            tokenizer=self.processing_class,
+            params=self.params,
+            accelerator=self.accelerator,
+            iteration=iteration,
+            trainer_state=self.state,
+            purpose=purpose,
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Reward, KL to the reference, length, EOS rate and diversity on ``eval_dataset``, as ``eval_*``.
+
+        The prompts and the sampling noise are the same at every call.
+
+        Raises:
+            ValueError: There is no eval_dataset.
+        """
+        if self.eval_prompts is None:
+            raise ValueError("evaluate() needs an eval_dataset.")
+        self.eval_prompts.load_state_dict({"drawn": 0})
+        scored = self.rollout(self.eval_prompts.next_batch(self.args.eval_completions), 0, purpose=EVALUATION)
+        metrics = rollout_metrics(scored, self.rewards.names, kl_coef=self.kl_control.coef)
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        self._fire("on_evaluate", metrics=metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | Path) -> None:
+        """Write the policy as a plain Hugging Face model with its tokenizer, and the critic beside it.
+
+        An adapter is merged, and also kept as it is in ``adapter/``. What stood there before is replaced at once, when
+        the new one is whole.
+        """
+        target = Path(output_dir)
+        if self.accelerator.is_main_process:
+            temporary = target.with_name(f".tmp-{target.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            ckpt.export_model(self.actor_critic, temporary, self.processing_class)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+        self.accelerator.wait_for_everyone()
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the present step, and delete the oldest ones beyond ``save_total_limit``."""
+        if self.accelerator.is_main_process:
+            state = {
+                "step": self.state.global_step,
+                "num_tokens": self.num_tokens,
+                "prompts": self.prompts.state_dict(),
+                "kl_control": self.kl_control.state_dict(),
+                "settings": self._settings(),
+                "environment": self._environment(),
+            }
+            target = ckpt.checkpoint_dir(self.args.output_dir, self.state.global_step)
+            ckpt.save_checkpoint(target, self.actor_critic, self.optimizer.optimizer, state, self.processing_class)
+            if self.args.save_total_limit is not None:
+                ckpt.prune_checkpoints(self.args.output_dir, self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+        self._fire("on_save")
+
+    def _fire(self, event: str, **kwargs: Any) -> None:
+        """Tell the callbacks, with the arguments transformers' Trainer gives them."""
+        for callback in self.callbacks:
+            kwargs |= {"model": self.actor_critic.policy, "processing_class": self.processing_class}
+            result = getattr(callback, event)(self.args, self.state, self.control, optimizer=self.optimizer, **kwargs)
+            self.control = result or self.control
+
+    def _open_run(self, resume: str | bool | None) -> int:
+        """Decide where to start, put the state in place, and return the first iteration."""
+        settings = self._settings()
+        point = find_resume_point(self.args.output_dir, resume, settings)
+        self.accelerator.wait_for_everyone()
+        if point is not None:
+            self._restore(point, settings)
+        if self.accelerator.is_main_process:
+            write_run_config(self.args.output_dir, settings)
+            discard_unsaved(self.args.output_dir)
+            self.metrics_file.cut_after(self.state.global_step)
+        if self.args.report_to:
+            scalars = {k: v for k, v in settings.items() if isinstance(v, int | float | str | bool)}
+            self.accelerator.init_trackers(self.args.run_name, config=scalars)
+        self.accelerator.wait_for_everyone()
+        return self.state.global_step
+
+    def _restore(self, point: Path, settings: dict[str, Any]) -> None:
+        saved = ckpt.load_checkpoint(point, self.actor_critic, self.optimizer.optimizer)
+        for name, (old, new) in changed_settings(saved["settings"], settings).items():
+            self.accelerator.print(f"Resuming with another {name}: {old!r} before, {new!r} now.")
+        for name, new in self._environment().items():
+            if saved["environment"].get(name) != new:
+                old = saved["environment"].get(name)
+                self.accelerator.print(f"Resuming is valid but not bit-identical: {name} was {old!r} and is {new!r}.")
+        self.state.global_step = saved["step"]
+        self.num_tokens = saved["num_tokens"]
+        self.prompts.load_state_dict(saved["prompts"])
+        self.kl_control.load_state_dict(saved["kl_control"])
+        self.accelerator.print(f"Resumed {point} at step {saved['step']}.")
+
+    def _finish_step(self, step: int, row: dict[str, float], scored: ScoredRollout) -> None:
+        """Log what the iteration did."""
+        self.state.global_step = step
+        if self.prompts.is_map_style:
+            self.state.epoch = row["epoch"] = self.prompts.drawn / len(self.prompts.dataset)
+        if _is_due(self.args.eval_steps, step):
+            row |= self.evaluate()
+        row = {"step": step, **row}
+        self.state.log_history.append(row)
+        if self.accelerator.is_main_process:
+            self.metrics_file.append(row)
+        if step % self.args.logging_steps == 0 or step == self.args.max_steps:
+            self.accelerator.log(row, step=step)
+            self._fire("on_log", logs=row)
+            if self.args.log_completions and self.accelerator.is_main_process:
+                self._show_completions(step, scored)
+
+    def _show_completions(self, step: int, scored: ScoredRollout) -> None:
+        scores = {n: scored.per_function[:, i].tolist() for i, n in enumerate(self.rewards.names)}
+        columns = scores | {"kl": scored.rollout.kl_to_ref.sum(dim=1).tolist(), **scored.extras}
+        rows = self.args.log_completions
+        print_completions(f"Step {step}", scored.prompts, scored.completions, columns, rows=rows)
+        file = MetricsFile(Path(self.args.output_dir) / "completions.jsonl")
+        for i in range(min(rows, len(scored.completions))):
+            texts = {"step": step, "prompt": scored.prompts[i], "completion": scored.completions[i]}
+            file.append(texts | {name: column[i] for name, column in columns.items()})
+
+    def _set_learning_rates(self, iteration: int) -> tuple[float, float]:
+        bases = (self.args.learning_rate, self.args.critic_learning_rate or self.args.learning_rate)
+        rates = tuple(learning_rate_at(iteration, base, self.args) for base in bases)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return rates[0], rates[1]
+
+    @property
+    def _tolerance(self) -> float:
+        return self.args.step_zero_tolerance or STEP_ZERO_TOLERANCE[self.accelerator.mixed_precision]
+
+    def _check_kl_zero(self, scored: ScoredRollout) -> None:
+        worst = scored.rollout.kl_to_ref.abs().max().item()
+        if worst > self._tolerance:
+            raise StepZeroError(
+                f"Before any update the policy and the reference differ by up to {worst:.2e} nats on a token (allowed: "
+                f"{self._tolerance:.0e}), though they are the same weights. Usual causes: a model whose output depends "
+                f"on the batch or on padding, weights changed after the trainer was built, an adapter that does not "
+                f"start at zero. If it is rounding, raise step_zero_tolerance."
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        name = getattr(self.actor_critic.policy.config, "_name_or_path", "")
+        return self.args.to_dict() | {"model_name_or_path": name, "reward_funcs": self.rewards.names}
+
+    def _environment(self) -> dict[str, Any]:
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "num_threads": torch.get_num_threads(),
+            "device": self.accelerator.device.type,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
+        }
+
+
+def make_optimizer(model: ActorCritic, args: PPOConfig) -> torch.optim.AdamW:
+    """AdamW with the policy's parameters in one group and the critic's own in another."""
+    groups = [{"params": model.policy_parameters()}, {"params": model.critic_parameters()}]
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(
+        groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay
+    )
+
+
+def make_kl_control(args: PPOConfig) -> FixedKL | AdaptiveKL:
+    """The controller of the KL coefficient that the configuration asks for."""
+    if args.kl_target is None:
+        return FixedKL(args.kl_coef)
+    return AdaptiveKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
+
+
+def _is_due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _load_tokenizer(policy: PreTrainedModel) -> Any:
+    name = policy.config._name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(f"No tokenizer could be loaded from {name!r}: pass processing_class.") from error
+
+
+def _sampling_params(args: PPOConfig, tokenizer: Any, policy: PreTrainedModel) -> SamplingParams:
+    eos = getattr(policy.generation_config, "eos_token_id", None)
+    eos = tokenizer.eos_token_id if eos is None else eos
+    return SamplingParams(
+        max_completion_length=args.max_completion_length,
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+    )
+
+
+def _prompt_encoder(tokenizer: Any, policy: PreTrainedModel, args: PPOConfig) -> PromptEncoder:
+    vocab_size = policy.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model's embedding {vocab_size} rows: they do not belong "
+            f"together, or the model needs model.resize_token_embeddings({len(tokenizer)})."
+        )
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    return PromptEncoder(tokenizer, vocab_size, context, args.max_completion_length)

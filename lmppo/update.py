@@ -1,0 +1,231 @@
+"""The update: one rollout's experience becomes exactly ``ppo_epochs * rollout_batch_size / minibatch_size`` steps.
+
+The loss of a minibatch is the mean over all its counted tokens. Every micro-batch of every process divides its sum by
+that same global count, so that the gradient does not depend on how a minibatch is cut up.
+"""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lmppo.config import PPOConfig
+from lmppo.experience import Experience, select_rows, trim
+from lmppo.functional import clipped_policy_loss, clipped_value_loss, token_entropy, token_logprobs, token_mean_loss
+from lmppo.sampling import NonFiniteError
+
+class StepZeroError(RuntimeError):
+    """Something that must be exact before the first update is not: learning on would train on wrong numbers."""
+
+
+# |log ratio| that rounding alone can cause on the first minibatch: measured 2e-6 to 5e-6 in float32.
+STEP_ZERO_TOLERANCE = {"no": 2e-5, "bf16": 2e-2, "fp16": 2e-2, "fp8": 1e-1}
+
+
+def minibatch_rows(n_rows: int, minibatch_size: int, *, seed: int, iteration: int, epoch: int) -> list[Tensor]:
+    """A fresh permutation of the rows, cut into minibatches; a pure function of its arguments."""
+    generator = np.random.Generator(np.random.Philox(key=[seed, iteration], counter=[0, 0, epoch, 2]))
+    order = torch.from_numpy(generator.permutation(n_rows))
+    return list(order.split(minibatch_size))
+
+
+def ppo_update(
+    model: nn.Module,
+    optimizer: Any,
+    experience: Experience,
+    config: PPOConfig,
+    accelerator: Accelerator,
+    *,
+    iteration: int,
+    first_ratio_tolerance: float | None = None,
+) -> dict[str, float]:
+    """Take the optimizer steps of one PPO iteration.
+
+    In the first ``critic_warmup_steps`` iterations only the critic learns. With ``target_kl``, an optimizer step whose
+    minibatch is already further than 1.5 times that from the old policy is not taken and ends the update.
+
+    Args:
+        model: Policy and critic, as prepared by the accelerator.
+        optimizer: The optimizer, likewise.
+        experience: The whole batch, the same on every process; each process trains on its share of every minibatch.
+        config: The configuration.
+        accelerator: Runs backward passes and reduces over processes.
+        iteration: The PPO iteration.
+        first_ratio_tolerance: If given, the largest |log ratio| allowed on the first minibatch, where it must be 0.
+
+    Returns:
+        Means over all counted tokens of all steps taken, ``grad_norm`` (mean before clipping), ``optimizer_steps``, and
+        ``first_ratio_error``: the largest |log ratio| on the first minibatch, which rounding alone explains.
+
+    Raises:
+        NonFiniteError: A loss or a gradient is not finite; the step was not taken.
+        StepZeroError: The first minibatch's log-probabilities are not those of the rollout; no step was taken.
+    """
+    values_only = iteration < config.critic_warmup_steps
+    epochs = config.ppo_epochs
+    if values_only and config.critic_warmup_epochs is not None:
+        epochs = config.critic_warmup_epochs
+    history: list[dict[str, float]] = []
+    n_rows = len(experience.completion_mask)
+    for epoch in range(epochs):
+        schedule = minibatch_rows(
+            n_rows, config.minibatch_size, seed=config.seed, iteration=iteration, epoch=epoch
+        )
+        for rows in schedule:
+            minibatch = select_rows(experience, rows.to(experience.completion_mask.device))
+            optimizer.zero_grad()
+            stats = accumulate_gradients(model, minibatch, config, accelerator, values_only=values_only)
+            if not history and first_ratio_tolerance is not None:
+                _check_first_ratio(stats, first_ratio_tolerance)
+            too_far = config.target_kl is not None and stats["approx_kl"] > 1.5 * config.target_kl
+            if too_far and not values_only:
+                optimizer.zero_grad()
+                return _summary(history or [stats], stopped=True, steps=len(history))
+            stats["grad_norm"] = take_step(model, optimizer, config, accelerator, stats, iteration)
+            history.append(stats)
+    return _summary(history, stopped=False, steps=len(history))
+
+
+def accumulate_gradients(
+    model: nn.Module, minibatch: Experience, config: PPOConfig, accelerator: Accelerator, *, values_only: bool
+) -> dict[str, float]:
+    """The gradient of the minibatch's loss, micro-batch by micro-batch, over all processes; and what was seen."""
+    n_tokens = max(1, int(minibatch.completion_mask.sum()))
+    mine = select_rows(minibatch, slice(accelerator.process_index, None, accelerator.num_processes))
+    totals: dict[str, Tensor] = {}
+    micros = list(_micro_batches(mine, config.micro_batch_size))
+    for i, micro in enumerate(micros):
+        last = i + 1 == len(micros)
+        with accelerator.autocast(), accelerator.no_sync(model) if not last else nullcontext():
+            loss, sums = ppo_loss(model, micro, config, token_count=n_tokens, values_only=values_only)
+            # DDP averages over processes; each process's loss is its share of the global mean, so undo that.
+            accelerator.backward(loss * accelerator.num_processes)
+        for name, value in sums.items():
+            previous = totals.get(name)
+            join = torch.maximum if name.endswith("_max") else torch.add
+            totals[name] = value if previous is None else join(previous, value)
+    return _reduce(totals, n_tokens, accelerator)
+
+
+def ppo_loss(
+    model: nn.Module, micro: Experience, config: PPOConfig, *, token_count: int, values_only: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One micro-batch's share of the loss ``policy + vf_coef * value - ent_coef * entropy``.
+
+    Args:
+        model: Policy and critic.
+        micro: The rows.
+        config: Gives the clips and coefficients.
+        token_count: Counted tokens of the whole minibatch.
+        values_only: Leave the policy's terms out (and its forward pass, as far as possible).
+
+    Returns:
+        The loss, and sums over counted tokens for the metrics.
+    """
+    mask = micro.completion_mask
+    logits, values = model(
+        micro.prompt_ids, micro.prompt_mask, micro.completion_ids, mask, values_only=values_only
+    )
+    value_loss = torch.stack(
+        [
+            clipped_value_loss(
+                values[..., k], micro.old_values[..., k], micro.returns[..., k], mask, clip_range=config.value_clip_range
+            )
+            for k in range(values.shape[-1])
+        ]
+    ).sum(dim=0)
+    sums = {"value_loss": value_loss.detach().sum(), **_value_sums(values.detach(), micro, config)}
+    if values_only:
+        return token_mean_loss(value_loss, mask, token_count=token_count), sums
+
+    logprobs = token_logprobs(logits, micro.completion_ids, temperature=config.temperature, support=micro.support)
+    policy_loss = clipped_policy_loss(
+        logprobs, micro.old_logprobs, micro.advantages, mask,
+        clip_range=config.clip_range, clip_range_high=config.clip_range_high,
+    )  # fmt: skip
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.ent_coef > 0):
+        entropy = token_entropy(logits, temperature=config.temperature, support=micro.support)
+    entropy = torch.where(mask, entropy, 0.0)
+    per_token = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
+    sums |= {"policy_loss": policy_loss.detach().sum(), "entropy": entropy.detach().sum()}
+    sums |= _ratio_sums(logprobs.detach(), micro, config)
+    return token_mean_loss(per_token, mask, token_count=token_count), sums
+
+
+def _ratio_sums(logprobs: Tensor, micro: Experience, config: PPOConfig) -> dict[str, Tensor]:
+    log_ratio = torch.where(micro.completion_mask, logprobs - micro.old_logprobs, 0.0)
+    ratio = log_ratio.clamp(-20, 20).exp()
+    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    clipped = (ratio < 1 - config.clip_range) | (ratio > 1 + high)
+    return {
+        "approx_kl": (torch.expm1(log_ratio.clamp(-20, 20)) - log_ratio).sum(),
+        "clip_frac": clipped.float().sum(),
+        "ratio": torch.where(micro.completion_mask, ratio, 0.0).sum(),
+        "log_ratio_max": log_ratio.abs().max(),
+    }
+
+
+def _value_sums(values: Tensor, micro: Experience, config: PPOConfig) -> dict[str, Tensor]:
+    if config.value_clip_range is None:
+        return {"value_clip_frac": values.new_zeros(())}
+    moved = (values - micro.old_values).abs() > config.value_clip_range
+    return {"value_clip_frac": (moved.any(dim=-1) & micro.completion_mask).float().sum()}
+
+
+def _micro_batches(experience: Experience, size: int) -> Iterator[Experience]:
+    for start in range(0, len(experience.completion_mask), size):
+        yield trim(select_rows(experience, slice(start, start + size)))
+
+
+def _reduce(totals: dict[str, Tensor], n_tokens: int, accelerator: Accelerator) -> dict[str, float]:
+    """Sums over all processes, as means over the minibatch's counted tokens (names ending in _max: the largest)."""
+    names = [name for name in totals if not name.endswith("_max")]
+    sums = accelerator.reduce(torch.stack([totals[n] for n in names]).float(), reduction="sum") / n_tokens
+    stats = dict(zip(names, sums.tolist(), strict=True))
+    for name in set(totals) - set(names):
+        stats[name] = accelerator.gather(totals[name].reshape(1)).max().item()
+    return stats
+
+
+def take_step(
+    model: nn.Module, optimizer: Any, config: PPOConfig, accelerator: Accelerator, stats: dict[str, float], iteration: int
+) -> float:
+    """Clip the gradient and step, unless something is not finite.
+
+    Raises:
+        NonFiniteError: Names the parameter whose gradient is not finite; nothing was changed.
+    """
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    if not (np.isfinite(norm) and all(np.isfinite(value) for value in stats.values())):
+        culprit = next(
+            (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()),
+            "none: the loss itself",
+        )
+        raise NonFiniteError(
+            f"Iteration {iteration}: the loss or its gradient is not finite (first parameter: {culprit}; "
+            f"losses: {stats}). The step was not taken. Lower learning_rate, or look at the rewards of this batch."
+        )
+    optimizer.step()
+    return norm
+
+
+def _check_first_ratio(stats: dict[str, float], tolerance: float) -> None:
+    worst = stats.get("log_ratio_max", 0.0)
+    if worst > tolerance:
+        raise StepZeroError(
+            f"Before the first step the update's log-probabilities differ from the rollout's by up to {worst:.2e} nats "
+            f"(allowed: {tolerance:.0e}), so the ratio does not start at 1. Usual causes: dropout or another source of "
+            f"randomness in the model, a model that depends on padding or batch composition, logits changed after the "
+            f"forward pass. If it is rounding, raise step_zero_tolerance."
+        )
+
+
+def _summary(history: list[dict[str, float]], *, stopped: bool, steps: int) -> dict[str, float]:
+    names = [name for name in history[0] if name != "log_ratio_max"]
+    summary = {name: float(np.mean([row[name] for row in history if name in row])) for name in names}
+    summary["first_ratio_error"] = history[0].get("log_ratio_max", 0.0)
+    return summary | {"optimizer_steps": float(steps), "early_stop": float(stopped)}
