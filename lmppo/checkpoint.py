@@ -73,7 +73,7 @@ def _save_critic(model: ActorCritic, directory: Path) -> None:
 
 
 def export_model(model: ActorCritic, directory: Path, tokenizer: Any) -> None:
-    """The policy as a plain Hugging Face model (an adapter merged, and as it is in ``adapter/``), tokenizer and critic."""
+    """The policy as a plain Hugging Face model (an adapter merged, and kept in ``adapter/``), tokenizer, critic."""
     if hasattr(model.policy, "peft_config"):
         model.policy.save_pretrained(directory / "adapter")
         copy.deepcopy(model.policy).merge_and_unload().save_pretrained(directory)
@@ -120,7 +120,9 @@ def _load_into(module: PreTrainedModel, directory: Path) -> None:
     """Copy saved weights into a model of the same class, through transformers (which may rename what it saves)."""
     saved = load_weights(type(module), str(directory)).state_dict()
     own = module.state_dict()
-    differing = sorted(n for n in set(own) | set(saved) if n not in own or n not in saved or own[n].shape != saved[n].shape)
+    differing = sorted(
+        n for n in set(own) | set(saved) if n not in own or n not in saved or own[n].shape != saved[n].shape
+    )
     if differing:
         raise CheckpointError(
             f"{directory} does not fit this model: {', '.join(differing[:3])} differ. Resume with the model the run "
@@ -139,9 +141,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Put saved AdamW state back, by parameter name.
 
     Raises:
@@ -168,7 +168,9 @@ def verify_checkpoint(directory: Path) -> None:
         manifest = json.loads((directory / "MANIFEST.json").read_text())
         version, files = manifest["format_version"], manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory} is no complete checkpoint: MANIFEST.json is missing or unreadable.") from error
+        raise CheckpointError(
+            f"{directory} is no complete checkpoint: MANIFEST.json is missing or unreadable."
+        ) from error
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{directory} was made by a newer lmppo (format {version}): upgrade lmppo to resume it.")
     try:

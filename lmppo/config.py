@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,31 @@ def _knob(default: Any, text: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
+
+
+# Fields, what must hold of their values, and how to say it; rules that end in "or none" allow None.
+_RULES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "max_steps rollout_batch_size num_generations max_completion_length ppo_epochs minibatch_size "
+        "micro_batch_size logging_steps eval_completions kl_horizon",
+        lambda v: v >= 1,
+        "at least 1",
+    ),
+    ("eval_steps save_steps critic_warmup_epochs", lambda v: v >= 1, "at least 1, or none"),
+    ("seed top_k warmup_steps critic_warmup_steps log_completions", lambda v: v >= 0, "0 or more"),
+    ("kl_coef vf_coef ent_coef weight_decay learning_rate", lambda v: 0 <= v < math.inf, "finite, 0 or more"),
+    ("temperature max_grad_norm adam_epsilon", lambda v: 0 < v < math.inf, "finite and above 0"),
+    (
+        "clip_range_high value_clip_range target_kl kl_target critic_learning_rate step_zero_tolerance",
+        lambda v: 0 < v < math.inf,
+        "finite and above 0, or none",
+    ),
+    ("gamma lam min_p", lambda v: 0 <= v <= 1, "within [0, 1]"),
+    ("adam_beta1 adam_beta2", lambda v: 0 <= v < 1, "within [0, 1)"),
+    ("top_p", lambda v: 0 < v <= 1, "within (0, 1]"),
+    ("clip_range", lambda v: 0 < v < 1, "within (0, 1)"),
+    ("save_total_limit", lambda v: v >= 2, "at least 2 (the newest may be the damaged one), or none"),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,41 +126,14 @@ class PPOConfig:
     disable_tqdm: bool = _knob(False, "No progress bar.")
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "rollout_batch_size", "num_generations", "max_completion_length", "ppo_epochs",
-                     "minibatch_size", "micro_batch_size", "logging_steps", "eval_completions", "kl_horizon"):  # fmt: skip
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("eval_steps", "save_steps", "critic_warmup_epochs"):
-            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1, or none")
-        for name in ("seed", "top_k", "warmup_steps", "critic_warmup_steps", "log_completions"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("kl_coef", "vf_coef", "ent_coef", "weight_decay", "learning_rate"):
-            value = getattr(self, name)
-            self._require(name, math.isfinite(value) and value >= 0, "a finite number, 0 or more")
-        for name in ("temperature", "clip_range", "max_grad_norm", "adam_epsilon"):
-            value = getattr(self, name)
-            self._require(name, math.isfinite(value) and value > 0, "a finite number above 0")
-        for name in ("clip_range_high", "value_clip_range", "target_kl", "kl_target", "critic_learning_rate",
-                     "step_zero_tolerance"):  # fmt: skip
-            value = getattr(self, name)
-            self._require(name, value is None or (math.isfinite(value) and value > 0), "above 0, or none")
-        for name in ("gamma", "lam", "min_p"):
-            self._require(name, 0 <= getattr(self, name) <= 1, "within [0, 1]")
-        for name in ("adam_beta1", "adam_beta2"):
-            self._require(name, 0 <= getattr(self, name) < 1, "within [0, 1)")
-        self._require("top_p", 0 < self.top_p <= 1, "within (0, 1]")
-        self._require("clip_range", self.clip_range < 1, "below 1")
-        self._require(
-            "save_total_limit",
-            self.save_total_limit is None or self.save_total_limit >= 2,
-            "at least 2 (the newest may be the damaged one), or none",
-        )
+        for names, holds, rule in _RULES:
+            for name in names.split():
+                value = getattr(self, name)
+                if not (value is None and "none" in rule) and not holds(value):
+                    raise ValueError(f"{name}={value!r} must be {rule}.")
         self._require_choice("estimator", ESTIMATORS)
         self._require_choice("lr_scheduler_type", SCHEDULES)
         self._check_sizes()
-
-    def _require(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}.")
 
     def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

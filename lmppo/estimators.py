@@ -38,7 +38,9 @@ def estimate(rollout: Rollout, rewards: Tensor, config: PPOConfig) -> tuple[Tens
     Returns:
         ``advantages (B, T)``, whitened over the whole batch if asked, and ``returns (B, T, K)``.
     """
-    streams = [_estimate_stream(rollout, rewards[..., k], rollout.values[..., k], config) for k in range(rewards.shape[-1])]
+    streams = [
+        _estimate_stream(rollout, rewards[..., k], rollout.values[..., k], config) for k in range(rewards.shape[-1])
+    ]
     advantages = torch.stack([a for a, _ in streams]).sum(dim=0)
     returns = torch.stack([r for _, r in streams], dim=-1)
     if config.whiten_advantages:

@@ -4,8 +4,8 @@ Dropout is off everywhere, always: the modules stay in evaluation mode, in train
 learning see the same function and the first ratio is 1. Position ids always come from the attention mask: GPT-2 counts
 positions from the left edge otherwise, padding included, and its log-probabilities are silently wrong.
 
-Axes: ``B`` sequences, ``P`` prompt positions, ``T`` completion positions, ``S = P + T``, ``H`` hidden, ``V`` vocabulary,
-``K`` reward streams.
+Axes: ``B`` sequences, ``P`` prompt positions, ``T`` completion positions, ``S = P + T``, ``H`` hidden,
+``V`` vocabulary, ``K`` reward streams.
 """
 
 import contextlib
@@ -180,9 +180,7 @@ def causal_forward(
     Returns:
         ``logits (B, T, V)`` and the last hidden states ``(B, T, H)``.
     """
-    out = model(
-        **_inputs(model, input_ids, attention_mask), output_hidden_states=True, logits_to_keep=n_completion + 1
-    )
+    out = model(**_inputs(model, input_ids, attention_mask), output_hidden_states=True, logits_to_keep=n_completion + 1)
     return out.logits[:, :-1], out.hidden_states[-1][:, -n_completion - 1 : -1]
 
 
@@ -215,7 +213,9 @@ class Reference:
         self.is_initial_policy = ref_model is None
 
     @torch.no_grad()
-    def logits(self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor) -> Tensor:
+    def logits(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+    ) -> Tensor:
         """``(B, T, V)`` logits of the states before each completion token."""
         input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
         attention_mask = attention_mask_of(prompt_mask, completion_mask)

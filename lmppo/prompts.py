@@ -129,8 +129,8 @@ class PromptEncoder:
 class PromptStream:
     """Batches of prompts without end: epoch after epoch, each row once per epoch, no row left over.
 
-    A map-style data set (anything with a length and integer indexing) is checked whole before training, and visited in a
-    new order each epoch. A streaming one is read in its own order and checked row by row.
+    A map-style data set (anything with a length and integer indexing) is checked whole before training, and visited in
+    a new order each epoch. A streaming one is read in its own order and checked row by row.
 
     Args:
         dataset: Rows of ``{"prompt": ..., other columns}``, or of bare prompts.

@@ -41,7 +41,7 @@ class RewardFn(Protocol):
     ``global_step`` counts the iterations), ``log_extra(column, values)`` and ``log_metric(name, value)``.
     """
 
-    def __call__(self, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any) -> Any: ...
+    def __call__(self, *, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any) -> Any: ...
 
 
 class RewardError(RuntimeError):

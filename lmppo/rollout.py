@@ -153,7 +153,12 @@ def gather_rows(rollout: Rollout, accelerator: Accelerator) -> Rollout:
 
 
 def _score(
-    rewards: RewardSet, mine: PromptBatch, samples: Samples, tokenizer: Any, trainer_state: Any, accelerator: Accelerator
+    rewards: RewardSet,
+    mine: PromptBatch,
+    samples: Samples,
+    tokenizer: Any,
+    trainer_state: Any,
+    accelerator: Accelerator,
 ) -> Scores:
     """Score this process's rows; an error on one process is raised on all, before anyone waits for the others."""
     texts = decode_completions(tokenizer, samples.completion_ids, samples.completion_mask)
@@ -189,4 +194,6 @@ def _average(metrics: list[dict[str, float]], accelerator: Accelerator) -> dict[
 def _join(extras: list[dict[str, list]], accelerator: Accelerator) -> dict[str, list]:
     if accelerator.num_processes > 1:
         extras = gather_object(extras)
-    return {name: [value for row in extras for value in row[name]] for name in extras[0] if all(name in r for r in extras)}
+    return {
+        name: [value for row in extras for value in row[name]] for name in extras[0] if all(name in r for r in extras)
+    }

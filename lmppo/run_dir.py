@@ -84,11 +84,13 @@ def _explicit(root: Path, path: Path) -> Path:
 def _refuse_another_run(root: Path, settings: dict[str, Any]) -> None:
     old = read_run_config(root)
     if old is None:
-        raise CheckpointError(f"output_dir={str(root)!r} is not empty and holds no run_config.yaml: choose another one.")
+        raise CheckpointError(
+            f"output_dir={str(root)!r} is not empty and holds no run_config.yaml: choose another one."
+        )
     changed = changed_settings(old, settings)
     if changed:
         listed = "; ".join(f"{name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items())
         raise CheckpointError(
-            f"output_dir={str(root)!r} holds a run with other settings ({listed}). Choose another --output_dir, or pass "
-            f"--resume_from_checkpoint true to go on with the new settings."
+            f"output_dir={str(root)!r} holds a run with other settings ({listed}). Choose another --output_dir, or "
+            f"pass --resume_from_checkpoint true to go on with the new settings."
         )

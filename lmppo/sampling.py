@@ -113,11 +113,13 @@ def draw(logits: Tensor, support: Tensor, uniforms: Tensor, *, temperature: floa
 
 
 @torch.no_grad()
-def sample(model: ActorCritic, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, params: SamplingParams) -> Samples:
+def sample(
+    model: ActorCritic, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, params: SamplingParams
+) -> Samples:
     """Sample one completion per row.
 
-    Rows that have ended are dropped from the batch and from the cache. With a shared trunk the values come from the same
-    pass; a critic of its own reads the finished sequences once.
+    Rows that have ended are dropped from the batch and from the cache. With a shared trunk the values come from the
+    same pass; a critic of its own reads the finished sequences once.
 
     Args:
         model: Policy and critic.

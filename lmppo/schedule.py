@@ -8,8 +8,8 @@ from lmppo.config import PPOConfig
 def learning_rate_at(iteration: int, base: float, config: PPOConfig) -> float:
     """The learning rate of one PPO iteration.
 
-    It rises linearly over the first ``warmup_steps`` iterations, ``base * (i + 1) / (warmup_steps + 1)``, and then stays
-    (``constant``), falls linearly to 0 at ``max_steps`` (``linear``), or as half a cosine (``cosine``).
+    It rises linearly over the first ``warmup_steps`` iterations, ``base * (i + 1) / (warmup_steps + 1)``, and then
+    stays (``constant``), falls linearly to 0 at ``max_steps`` (``linear``), or as half a cosine (``cosine``).
 
     Args:
         iteration: From 0.

@@ -31,6 +31,14 @@ def print_completions(
     Console().print(table)
 
 
+def print_metrics(title: str, columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Print several dictionaries of metrics side by side, one column each."""
+    table = Table("", *columns, title=title)
+    for name in next(iter(columns.values())):
+        table.add_row(name, *(f"{metrics[name]:.4g}" for metrics in columns.values()))
+    Console().print(table)
+
+
 def _cell(value: object) -> str:
     return f"{value:.2f}" if isinstance(value, float) else _printable(str(value))
 

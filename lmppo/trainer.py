@@ -1,6 +1,5 @@
 """PPOTrainer: the short loop that joins prompts, rollout, estimator and update; every stage is public."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -10,23 +9,29 @@ from typing import TYPE_CHECKING, Any
 import accelerate
 import torch
 import transformers
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from lmppo import checkpoint as ckpt
+from lmppo.build import (
+    load_tokenizer,
+    make_accelerator,
+    make_kl_control,
+    make_optimizer,
+    make_prompt_encoder,
+    make_sampling_params,
+)
 from lmppo.config import PPOConfig
 from lmppo.estimators import estimate, shape_rewards
 from lmppo.experience import Experience
-from lmppo.kl_control import AdaptiveKL, FixedKL
 from lmppo.metrics import MetricsFile, advantage_metrics, rollout_metrics
 from lmppo.models import ActorCritic, Reference, load_critic, load_policy
-from lmppo.prompts import PromptEncoder, PromptStream
+from lmppo.prompts import PromptStream
 from lmppo.rewards import RewardSet
 from lmppo.rollout import ScoredRollout, collect_rollout
 from lmppo.run_dir import changed_settings, discard_unsaved, find_resume_point, write_run_config
-from lmppo.sampling import EVALUATION, ROLLOUT, SamplingParams
+from lmppo.sampling import EVALUATION, ROLLOUT
 from lmppo.schedule import learning_rate_at
 from lmppo.tables import print_completions
 from lmppo.update import STEP_ZERO_TOLERANCE, StepZeroError, ppo_update
@@ -35,51 +40,21 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-def make_accelerator(args: PPOConfig) -> Accelerator:
-    """The accelerator of a run; a launch that would start several runs in one directory is refused.
-
-    Raises:
-        RuntimeError: The launcher started more processes than accelerate sees, or the model would be sharded.
-        ValueError: The sizes of the configuration do not divide over the processes.
-    """
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=args.critic_warmup_steps > 0)
-    accelerator = Accelerator(
-        cpu=args.use_cpu or not torch.accelerator.is_available(),
-        mixed_precision="bf16" if args.bf16 else None,
-        log_with=args.report_to or None,
-        project_dir=args.output_dir,
-        kwargs_handlers=[ddp],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise RuntimeError(
-            f"The launcher started {launched} processes, but accelerate sees {accelerator.num_processes}: each would run "
-            f"alone and overwrite the others. On CPUs, launch with ACCELERATE_USE_CPU=true and --multi_gpu "
-            f"(see docs/distributed.md)."
-        )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise RuntimeError(
-            f"{accelerator.distributed_type.value} shards the model, which lmppo does not support yet: use plain "
-            f"data parallelism (--multi_gpu), and LoRA (--use_peft) to save memory."
-        )
-    args.check_processes(accelerator.num_processes)
-    return accelerator
-
-
 class PPOTrainer:
     """Token-level PPO with a critic for a causal language model.
 
     Args:
         model: Hub id or directory of the policy, or the model itself (also with a peft adapter).
-        reward_funcs: One or several reward functions in trl's protocol, or names of one-label sequence classifiers.
+        reward_funcs: One or several reward functions in trl's protocol, or names of one-label classifiers.
         args: The configuration.
-        train_dataset: Rows with a ``prompt`` (text, chat messages or token ids); other columns go to the reward functions.
+        train_dataset: Rows with a ``prompt`` (text, chat messages or token ids); the reward functions get the other
+            columns.
         eval_dataset: The same, for :meth:`evaluate`.
         processing_class: The policy's tokenizer; loaded from the model's name if not given.
         reward_processing_classes: Tokenizers of the reward models.
         peft_config: Train an adapter; the reference is then the same model with the adapter off.
         ref_model: The reference, if it is not the policy as it is now.
-        critic: None: a value head on the policy's trunk. Otherwise the name of a model, or a token-classification model.
+        critic: None: a value head on the policy's trunk. Otherwise a token-classification model, or a model's name.
         callbacks: transformers callbacks.
 
     Raises:
@@ -110,18 +85,18 @@ class PPOTrainer:
         self.accelerator = make_accelerator(self.args)
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
         policy = load_policy(model, peft_config)
-        self.processing_class = processing_class if processing_class is not None else _load_tokenizer(policy)
+        self.processing_class = processing_class if processing_class is not None else load_tokenizer(policy)
         policy.to(self.accelerator.device)
         if isinstance(ref_model, str):
             ref_model = load_policy(ref_model)
-        self.reference = Reference(policy, ref_model.to(self.accelerator.device) if ref_model is not None else None)
+        self.reference = Reference(policy, None if ref_model is None else ref_model.to(self.accelerator.device))
         # A trained adapter that the user brings differs from the reference before any step; anything else may not.
         self._kl_starts_at_zero = ref_model is None and (peft_config is not None or not hasattr(policy, "peft_config"))
         self.rewards = RewardSet(
             reward_funcs, self.args.reward_weights, reward_processing_classes, device=self.accelerator.device
         )
-        self.params = _sampling_params(self.args, self.processing_class, policy)
-        encoder = _prompt_encoder(self.processing_class, policy, self.args)
+        self.params = make_sampling_params(self.args, self.processing_class, policy)
+        encoder = make_prompt_encoder(self.processing_class, policy, self.args)
         self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.eval_prompts = None if eval_dataset is None else PromptStream(eval_dataset, encoder, shuffle=False)
         if self.args.eval_steps is not None and self.eval_prompts is None:
@@ -239,18 +214,27 @@ class PPOTrainer:
             purpose=purpose,
         )
 
-    def evaluate(self) -> dict[str, float]:
-        """Reward, KL to the reference, length, EOS rate and diversity on ``eval_dataset``, as ``eval_*``.
-
-        The prompts and the sampling noise are the same at every call.
+    def sample_eval(self) -> ScoredRollout:
+        """``eval_completions`` scored completions of ``eval_dataset``; the same prompts and noise at every call.
 
         Raises:
             ValueError: There is no eval_dataset.
         """
         if self.eval_prompts is None:
-            raise ValueError("evaluate() needs an eval_dataset.")
+            raise ValueError("Evaluation needs an eval_dataset.")
         self.eval_prompts.load_state_dict({"drawn": 0})
-        scored = self.rollout(self.eval_prompts.next_batch(self.args.eval_completions), 0, purpose=EVALUATION)
+        return self.rollout(self.eval_prompts.next_batch(self.args.eval_completions), 0, purpose=EVALUATION)
+
+    def evaluate(self, scored: ScoredRollout | None = None) -> dict[str, float]:
+        """Reward, KL to the reference, length, EOS rate and diversity on ``eval_dataset``, as ``eval_*``.
+
+        Args:
+            scored: What :meth:`sample_eval` gave, if it is at hand.
+
+        Raises:
+            ValueError: There is no eval_dataset.
+        """
+        scored = self.sample_eval() if scored is None else scored
         metrics = rollout_metrics(scored, self.rewards.names, kl_coef=self.kl_control.coef)
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         self._fire("on_evaluate", metrics=metrics)
@@ -392,53 +376,5 @@ class PPOTrainer:
         }
 
 
-def make_optimizer(model: ActorCritic, args: PPOConfig) -> torch.optim.AdamW:
-    """AdamW with the policy's parameters in one group and the critic's own in another."""
-    groups = [{"params": model.policy_parameters()}, {"params": model.critic_parameters()}]
-    betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay
-    )
-
-
-def make_kl_control(args: PPOConfig) -> FixedKL | AdaptiveKL:
-    """The controller of the KL coefficient that the configuration asks for."""
-    if args.kl_target is None:
-        return FixedKL(args.kl_coef)
-    return AdaptiveKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
-
-
 def _is_due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def _load_tokenizer(policy: PreTrainedModel) -> Any:
-    name = policy.config._name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise OSError(f"No tokenizer could be loaded from {name!r}: pass processing_class.") from error
-
-
-def _sampling_params(args: PPOConfig, tokenizer: Any, policy: PreTrainedModel) -> SamplingParams:
-    eos = getattr(policy.generation_config, "eos_token_id", None)
-    eos = tokenizer.eos_token_id if eos is None else eos
-    return SamplingParams(
-        max_completion_length=args.max_completion_length,
-        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-    )
-
-
-def _prompt_encoder(tokenizer: Any, policy: PreTrainedModel, args: PPOConfig) -> PromptEncoder:
-    vocab_size = policy.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model's embedding {vocab_size} rows: they do not belong "
-            f"together, or the model needs model.resize_token_embeddings({len(tokenizer)})."
-        )
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    return PromptEncoder(tokenizer, vocab_size, context, args.max_completion_length)

@@ -18,6 +18,7 @@ from lmppo.experience import Experience, select_rows, trim
 from lmppo.functional import clipped_policy_loss, clipped_value_loss, token_entropy, token_logprobs, token_mean_loss
 from lmppo.sampling import NonFiniteError
 
+
 class StepZeroError(RuntimeError):
     """Something that must be exact before the first update is not: learning on would train on wrong numbers."""
 
@@ -72,9 +73,7 @@ def ppo_update(
     history: list[dict[str, float]] = []
     n_rows = len(experience.completion_mask)
     for epoch in range(epochs):
-        schedule = minibatch_rows(
-            n_rows, config.minibatch_size, seed=config.seed, iteration=iteration, epoch=epoch
-        )
+        schedule = minibatch_rows(n_rows, config.minibatch_size, seed=config.seed, iteration=iteration, epoch=epoch)
         for rows in schedule:
             minibatch = select_rows(experience, rows.to(experience.completion_mask.device))
             optimizer.zero_grad()
@@ -127,13 +126,15 @@ def ppo_loss(
         The loss, and sums over counted tokens for the metrics.
     """
     mask = micro.completion_mask
-    logits, values = model(
-        micro.prompt_ids, micro.prompt_mask, micro.completion_ids, mask, values_only=values_only
-    )
+    logits, values = model(micro.prompt_ids, micro.prompt_mask, micro.completion_ids, mask, values_only=values_only)
     value_loss = torch.stack(
         [
             clipped_value_loss(
-                values[..., k], micro.old_values[..., k], micro.returns[..., k], mask, clip_range=config.value_clip_range
+                values[..., k],
+                micro.old_values[..., k],
+                micro.returns[..., k],
+                mask,
+                clip_range=config.value_clip_range,
             )
             for k in range(values.shape[-1])
         ]
@@ -192,7 +193,12 @@ def _reduce(totals: dict[str, Tensor], n_tokens: int, accelerator: Accelerator) 
 
 
 def take_step(
-    model: nn.Module, optimizer: Any, config: PPOConfig, accelerator: Accelerator, stats: dict[str, float], iteration: int
+    model: nn.Module,
+    optimizer: Any,
+    config: PPOConfig,
+    accelerator: Accelerator,
+    stats: dict[str, float],
+    iteration: int,
 ) -> float:
     """Clip the gradient and step, unless something is not finite.
 

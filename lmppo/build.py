@@ -1,0 +1,104 @@
+"""The parts of a trainer, built from the configuration and checked before anything is sampled."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from transformers import AutoTokenizer, PreTrainedModel
+
+from lmppo.config import PPOConfig
+from lmppo.kl_control import AdaptiveKL, FixedKL
+from lmppo.models import ActorCritic
+from lmppo.prompts import PromptEncoder
+from lmppo.sampling import SamplingParams
+
+
+def make_accelerator(args: PPOConfig) -> Accelerator:
+    """The accelerator of a run; a launch that would start several runs in one directory is refused.
+
+    Raises:
+        RuntimeError: The launcher started more processes than accelerate sees, or the model would be sharded.
+        ValueError: The sizes of the configuration do not divide over the processes.
+    """
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=args.critic_warmup_steps > 0)
+    accelerator = Accelerator(
+        cpu=args.use_cpu or not torch.accelerator.is_available(),
+        mixed_precision="bf16" if args.bf16 else None,
+        log_with=args.report_to or None,
+        project_dir=args.output_dir,
+        kwargs_handlers=[ddp],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"The launcher started {launched} processes, but accelerate sees {accelerator.num_processes}: each would "
+            f"run alone and overwrite the others. On CPUs, launch with ACCELERATE_USE_CPU=true and --multi_gpu "
+            f"(see docs/distributed.md)."
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise RuntimeError(
+            f"{accelerator.distributed_type.value} shards the model, which lmppo does not support yet: use plain "
+            f"data parallelism (--multi_gpu), and LoRA (--use_peft) to save memory."
+        )
+    args.check_processes(accelerator.num_processes)
+    return accelerator
+
+
+def make_optimizer(model: ActorCritic, args: PPOConfig) -> torch.optim.AdamW:
+    """AdamW with the policy's parameters in one group and the critic's own in another."""
+    groups = [{"params": model.policy_parameters()}, {"params": model.critic_parameters()}]
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(
+        groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay
+    )
+
+
+def make_kl_control(args: PPOConfig) -> FixedKL | AdaptiveKL:
+    """The controller of the KL coefficient that the configuration asks for."""
+    if args.kl_target is None:
+        return FixedKL(args.kl_coef)
+    return AdaptiveKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
+
+
+def load_tokenizer(policy: PreTrainedModel) -> Any:
+    """The tokenizer that lies beside the policy's weights.
+
+    Raises:
+        OSError: There is none.
+    """
+    name = policy.config._name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(f"No tokenizer could be loaded from {name!r}: pass processing_class.") from error
+
+
+def make_sampling_params(args: PPOConfig, tokenizer: Any, policy: PreTrainedModel) -> SamplingParams:
+    """The distribution to sample, ending at the model's (or else the tokenizer's) end-of-text tokens."""
+    eos = getattr(policy.generation_config, "eos_token_id", None)
+    eos = tokenizer.eos_token_id if eos is None else eos
+    return SamplingParams(
+        max_completion_length=args.max_completion_length,
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+    )
+
+
+def make_prompt_encoder(tokenizer: Any, policy: PreTrainedModel, args: PPOConfig) -> PromptEncoder:
+    """The encoder of prompts.
+
+    Raises:
+        ValueError: The tokenizer has tokens that the model does not know.
+    """
+    vocab_size = policy.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model's embedding {vocab_size} rows: they do not "
+            f"belong together, or the model needs model.resize_token_embeddings({len(tokenizer)})."
+        )
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
+    return PromptEncoder(tokenizer, vocab_size, context, args.max_completion_length)
