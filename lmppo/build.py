@@ -46,8 +46,17 @@ def make_accelerator(args: PPOConfig) -> Accelerator:
 
 
 def make_optimizer(model: ActorCritic, args: PPOConfig) -> torch.optim.AdamW:
-    """AdamW with the policy's parameters in one group and the critic's own in another."""
+    """AdamW with the policy's parameters in one group and the critic's own in another.
+
+    Raises:
+        ValueError: Every parameter of the policy is frozen.
+    """
     groups = [{"params": model.policy_parameters()}, {"params": model.critic_parameters()}]
+    if not groups[0]["params"]:
+        raise ValueError(
+            "The policy has no trainable parameters. Load an adapter with PeftModel.from_pretrained(..., "
+            "is_trainable=True), and give the reference as a model of its own, not the policy itself."
+        )
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW(
         groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay

@@ -88,7 +88,7 @@ def rollout_metrics(scored: ScoredRollout, names: list[str], *, kl_coef: float) 
         if len(applied):
             metrics[f"rewards/{name}/mean"] = applied.mean().item()
             metrics[f"rewards/{name}/std"] = applied.std(correction=0).item()
-    return metrics | scored.metrics
+    return scored.metrics | metrics
 
 
 def advantage_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
@@ -138,12 +138,27 @@ class MetricsFile:
     def append(self, row: dict[str, Any]) -> None:
         """Write one row."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(clean, allow_nan=False) + "\n")
+            file.write(json.dumps(clean, default=_plain) + "\n")
 
     def cut_after(self, step: int) -> None:
-        """Drop the rows of later iterations: a resumed run writes them anew."""
+        """Drop the rows of later iterations, and what a killed run left half-written: a resumed run writes them anew."""
         if not self.path.exists():
             return
-        rows = [line for line in self.path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in rows))
+        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
+        rewritten = self.path.with_name(f".tmp-{self.path.name}")
+        rewritten.write_text("".join(line + "\n" for line in kept))
+        rewritten.replace(self.path)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python's; anything else a reward function logged as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf

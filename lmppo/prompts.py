@@ -149,6 +149,12 @@ class PromptStream:
         self.shuffle = shuffle
         self.drawn = 0
         self.is_map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        readable = self.is_map_style or isinstance(dataset, Iterable)
+        if not readable or isinstance(dataset, str | dict | Iterator):
+            raise ValueError(
+                f"The data set is a {type(dataset).__name__}; expected a Dataset (one split of it), a list of rows, or an "
+                f"iterable of rows that can be started over (an iterator or a generator cannot)."
+            )
         self._iterator: Iterator[Any] | None = None
         self._read = 0
         self._order, self._order_epoch = np.empty(0, dtype=np.int64), -1
@@ -156,8 +162,6 @@ class PromptStream:
             if len(dataset) == 0:
                 raise ValueError("The data set is empty: it has no prompts to train on.")
             self._encoded = [encoder.encode(dataset[i], i) for i in range(len(dataset))]
-        elif not isinstance(dataset, Iterable):
-            raise ValueError(f"The data set is a {type(dataset).__name__}; expected a Dataset, a list or an iterable.")
 
     def next_batch(self, n_prompts: int, num_generations: int = 1) -> PromptBatch:
         """The next prompts, each ``num_generations`` times in a row."""
@@ -179,8 +183,9 @@ class PromptStream:
             return self._stream_row(position)
         epoch, offset = divmod(position, len(self.dataset))
         if self.shuffle and epoch != self._order_epoch:
-            generator = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._order, self._order_epoch = generator.permutation(len(self.dataset)), epoch
+            philox = np.random.Philox(key=[self.seed, epoch], counter=[0, 0, 0, 3])  # 0 to 2: sampling and minibatches
+            self._order = np.random.Generator(philox).permutation(len(self.dataset))
+            self._order_epoch = epoch
         index = int(self._order[offset]) if self.shuffle else offset
         return (self.dataset[index], *self._encoded[index])
 
@@ -196,10 +201,12 @@ class PromptStream:
         assert self._iterator is not None
         row = next(self._iterator, None)
         if row is None:
-            if self._read == 0:
-                raise ValueError("The streaming data set is empty: it has no prompts to train on.")
-            self._iterator, self._read = iter(self.dataset), 0
-            row = next(self._iterator)
+            self._iterator = iter(self.dataset)
+            row = next(self._iterator, None)
+        if row is None:
+            raise ValueError(
+                f"The streaming data set has no row after row {self._read}: it is empty, or did not start over at iter()."
+            )
         self._read += 1
         return row
 

@@ -63,7 +63,7 @@ def find_resume_point(output_dir: str | Path, resume: str | bool | None, setting
 
 def discard_unsaved(output_dir: str | Path) -> None:
     """Remove what an interrupted save or final export left behind."""
-    for leftover in [*Path(output_dir).glob(".tmp-*"), *(Path(output_dir) / "checkpoints").glob(".tmp-*")]:
+    for leftover in [Path(output_dir) / ".tmp-final", *(Path(output_dir) / "checkpoints").glob(".tmp-step-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 

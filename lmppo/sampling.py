@@ -99,15 +99,10 @@ def draw(logits: Tensor, support: Tensor, uniforms: Tensor, *, temperature: floa
         uniforms: ``(B,)`` in [0, 1).
         temperature: Divides the logits.
 
-    Raises:
-        NonFiniteError: A row's logits are NaN or infinite.
     """
     scaled = (logits.float() / temperature).masked_fill(~support, float("-inf"))
     cdf = scaled.softmax(dim=-1).double().cumsum(dim=-1)
     total = cdf[:, -1:]
-    if not bool(torch.isfinite(total).all()):
-        rows = (~torch.isfinite(total[:, 0])).nonzero()[:, 0].tolist()
-        raise NonFiniteError(f"The policy's logits are not finite in rows {rows[:8]} of the sampled batch.")
     below_total = torch.nextafter(total, torch.zeros_like(total))
     return torch.searchsorted(cdf, torch.minimum(uniforms[:, None] * total, below_total), right=True)[:, 0]
 
@@ -148,6 +143,7 @@ def sample(
     alive = torch.arange(n_rows, device=device)
     for t in range(n_time):
         logits, hidden = decoder.logits, decoder.hidden
+        _check_finite(logits, alive)
         support = params.support(logits)
         token = draw(logits, support, uniforms[:, t].to(device)[alive], temperature=params.temperature)
         ids[alive, t] = token
@@ -173,6 +169,13 @@ def sample(
     padding = support.new_ones(n_rows, n_time - support.shape[1], support.shape[2])
     support = torch.cat([support, padding], dim=1)
     return Samples(prompt_ids, prompt_mask, ids, mask, logprobs, values, ended, support)
+
+
+def _check_finite(logits: Tensor, rows: Tensor) -> None:
+    """No NaN and no +inf; -inf is a token the model itself rules out."""
+    broken = rows[~logits.amax(dim=-1).isfinite()].tolist()
+    if broken:
+        raise NonFiniteError(f"The policy's logits are not finite in rows {broken[:8]} of this process's batch.")
 
 
 def _scatter_support(support: Tensor, alive: Tensor, n_rows: int) -> Tensor:

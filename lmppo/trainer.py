@@ -107,6 +107,7 @@ class PPOTrainer:
         self.model, self.optimizer = self.accelerator.prepare(actor_critic, self.optimizer)
         self.kl_control = make_kl_control(self.args)
         self.metrics_file = MetricsFile(Path(self.args.output_dir) / "metrics.jsonl")
+        self.completions_file = MetricsFile(Path(self.args.output_dir) / "completions.jsonl")
         self.num_tokens = 0
         self.state = TrainerState(
             max_steps=self.args.max_steps,
@@ -131,9 +132,11 @@ class PPOTrainer:
             CheckpointError: The run directory cannot be used, or the checkpoint cannot be resumed.
         """
         first = self._open_run(resume_from_checkpoint or self.args.resume_from_checkpoint)
-        if first >= self.args.max_steps:
+        final = Path(self.args.output_dir) / "final"
+        if first >= self.args.max_steps and final.exists():
             self.accelerator.print(f"Nothing to do: the run in {self.args.output_dir} is at step {first} already.")
             return self.state
+        self.control, saved = TrainerControl(), first
         self._fire("on_train_begin")
         bar = tqdm(
             initial=first,
@@ -143,7 +146,7 @@ class PPOTrainer:
         )
         for iteration in range(first, self.args.max_steps):
             self._fire("on_step_begin")
-            row = self.step(iteration, check_step_zero=iteration == first)
+            row = self.step(iteration, check_step_zero=iteration in (first, self.args.critic_warmup_steps))
             bar.update()
             bar.set_postfix_str(
                 f"reward {row['reward']:.3f}, kl {row['kl_to_ref']:.2f}, ev {row['explained_variance']:.2f}, "
@@ -152,13 +155,14 @@ class PPOTrainer:
             self._fire("on_step_end")
             stop = self.control.should_training_stop
             if _is_due(self.args.save_steps, iteration + 1) or self.control.should_save or stop:
+                self.control.should_save, saved = False, iteration + 1
                 self.save_checkpoint()
             if stop:
                 break
         bar.close()
-        if not ckpt.checkpoint_dir(self.args.output_dir, self.state.global_step).exists():
+        if saved != self.state.global_step:
             self.save_checkpoint()
-        self.save_model(Path(self.args.output_dir) / "final")
+        self.save_model(final)
         self._fire("on_train_end")
         self.accelerator.end_training()
         return self.state
@@ -243,8 +247,8 @@ class PPOTrainer:
     def save_model(self, output_dir: str | Path) -> None:
         """Write the policy as a plain Hugging Face model with its tokenizer, and the critic beside it.
 
-        An adapter is merged, and also kept as it is in ``adapter/``. What stood there before is replaced at once, when
-        the new one is whole.
+        An adapter is merged, and also kept as it is in ``adapter/``. Files of the same names are replaced when the new
+        ones are whole; whatever else is in ``output_dir`` stays.
         """
         target = Path(output_dir)
         if self.accelerator.is_main_process:
@@ -252,8 +256,11 @@ class PPOTrainer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             ckpt.export_model(self.actor_critic, temporary, self.processing_class)
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
+            if target.exists():
+                shutil.copytree(temporary, target, dirs_exist_ok=True)
+                shutil.rmtree(temporary)
+            else:
+                temporary.rename(target)
         self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self) -> None:
@@ -292,6 +299,7 @@ class PPOTrainer:
             write_run_config(self.args.output_dir, settings)
             discard_unsaved(self.args.output_dir)
             self.metrics_file.cut_after(self.state.global_step)
+            self.completions_file.cut_after(self.state.global_step)
         if self.args.report_to:
             scalars = {k: v for k, v in settings.items() if isinstance(v, int | float | str | bool)}
             self.accelerator.init_trackers(self.args.run_name, config=scalars)
@@ -334,10 +342,9 @@ class PPOTrainer:
         columns = scores | {"kl": scored.rollout.kl_to_ref.sum(dim=1).tolist(), **scored.extras}
         rows = self.args.log_completions
         print_completions(f"Step {step}", scored.prompts, scored.completions, columns, rows=rows)
-        file = MetricsFile(Path(self.args.output_dir) / "completions.jsonl")
         for i in range(min(rows, len(scored.completions))):
             texts = {"step": step, "prompt": scored.prompts[i], "completion": scored.completions[i]}
-            file.append(texts | {name: column[i] for name, column in columns.items()})
+            self.completions_file.append(texts | {name: column[i] for name, column in columns.items()})
 
     def _set_learning_rates(self, iteration: int) -> tuple[float, float]:
         bases = (self.args.learning_rate, self.args.critic_learning_rate or self.args.learning_rate)

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from lmppo.config import PPOConfig
 from lmppo.experience import Experience, select_rows, trim
-from lmppo.functional import clipped_policy_loss, clipped_value_loss, token_entropy, token_logprobs, token_mean_loss
+from lmppo.functional import (
+    approx_kl,
+    clip_fraction,
+    clipped_policy_loss,
+    clipped_value_loss,
+    masked_mean,
+    token_entropy,
+    token_logprobs,
+    token_mean_loss,
+)
 from lmppo.sampling import NonFiniteError
 
 
@@ -59,8 +68,9 @@ def ppo_update(
         first_ratio_tolerance: If given, the largest |log ratio| allowed on the first minibatch, where it must be 0.
 
     Returns:
-        Means over all counted tokens of all steps taken, ``grad_norm`` (mean before clipping), ``optimizer_steps``, and
-        ``first_ratio_error``: the largest |log ratio| on the first minibatch, which rounding alone explains.
+        Means over the steps taken (of means over each minibatch's counted tokens), ``grad_norm`` (mean before clipping),
+        ``optimizer_steps``, and ``first_ratio_error``: the largest |log ratio| on the first minibatch, which rounding
+        alone explains.
 
     Raises:
         NonFiniteError: A loss or a gradient is not finite; the step was not taken.
@@ -80,8 +90,7 @@ def ppo_update(
             stats = accumulate_gradients(model, minibatch, config, accelerator, values_only=values_only)
             if not history and first_ratio_tolerance is not None:
                 _check_first_ratio(stats, first_ratio_tolerance)
-            too_far = config.target_kl is not None and stats["approx_kl"] > 1.5 * config.target_kl
-            if too_far and not values_only:
+            if config.target_kl is not None and not values_only and stats["approx_kl"] > 1.5 * config.target_kl:
                 optimizer.zero_grad()
                 return _summary(history or [stats], stopped=True, steps=len(history))
             stats["grad_norm"] = take_step(model, optimizer, config, accelerator, stats, iteration)
@@ -158,16 +167,15 @@ def ppo_loss(
 
 
 def _ratio_sums(logprobs: Tensor, micro: Experience, config: PPOConfig) -> dict[str, Tensor]:
-    log_ratio = torch.where(micro.completion_mask, logprobs - micro.old_logprobs, 0.0)
-    ratio = log_ratio.clamp(-20, 20).exp()
-    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
-    clipped = (ratio < 1 - config.clip_range) | (ratio > 1 + high)
-    return {
-        "approx_kl": (torch.expm1(log_ratio.clamp(-20, 20)) - log_ratio).sum(),
-        "clip_frac": clipped.float().sum(),
-        "ratio": torch.where(micro.completion_mask, ratio, 0.0).sum(),
-        "log_ratio_max": log_ratio.abs().max(),
+    mask, old = micro.completion_mask, micro.old_logprobs
+    log_ratio = torch.where(mask, logprobs - old, 0.0)
+    clip = {"clip_range": config.clip_range, "clip_range_high": config.clip_range_high}
+    means = {
+        "approx_kl": approx_kl(logprobs, old, mask),
+        "clip_frac": clip_fraction(logprobs, old, mask, **clip),
+        "ratio": masked_mean(log_ratio.exp(), mask),
     }
+    return {name: mean * mask.sum() for name, mean in means.items()} | {"log_ratio_max": log_ratio.abs().max()}
 
 
 def _value_sums(values: Tensor, micro: Experience, config: PPOConfig) -> dict[str, Tensor]:

@@ -1,0 +1,55 @@
+# The two commands: `make demo` sets everything up and runs the main job; `make test` sets up and passes every check.
+#
+#   make demo PYTHON=python3.12            another Python (3.11 or newer)
+#   make demo ARGS='--seed 1 --output_dir runs/seed-1'   further flags for the main job
+#   make test VENV=/somewhere/else         another place for the virtual environment
+#
+# The plain commands behind them stand in README.md.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+
+# accelerate gives a CPU process one thread unless told otherwise.
+THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)}
+
+# The environments of `make demo` and `make test`.
+EXTRAS_demo := data,plots
+EXTRAS_test := data,plots,train,tracking,dev
+
+.PHONY: demo test setup lint types format clean
+
+demo: $(VENV)/.installed-demo
+	$(THREADS) $(BIN)/accelerate launch --config_file accelerate_config.yaml recipes/ppo_sentiment.py \
+		--config recipes/configs/tiny_reviews.yaml $(ARGS)
+
+test: lint types
+	$(BIN)/python -m pytest $(ARGS)
+
+setup: $(VENV)/.installed-test
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "lmppo needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Installed anew only when the requirements change.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@start=$$(date +%s); \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS_$*)]' && \
+	touch $@ && echo "Set-up took $$(( $$(date +%s) - start )) seconds."

@@ -1,0 +1,74 @@
+"""The math of PPO for language models: pure functions on tensors, on top of torch alone.
+
+Conventions, the same everywhere:
+
+- Tensors are ``(B, T)``, sequences by completion positions, unless a docstring says otherwise. Shapes are checked and
+  never broadcast; ``mask`` is the completion mask, bool, True = the token counts, gaps allowed.
+- Where the mask is False, results are 0, and inputs never matter: NaN there changes no output and no gradient.
+- float64 is computed in float64; float16 and bfloat16 are computed, and returned, in float32.
+- Scalars are keyword-only. No function changes its arguments, draws random numbers or talks to other processes.
+"""
+
+from lmppo.functional.advantages import (
+    explained_variance,
+    gae,
+    immediate_rewards,
+    rewards_to_go,
+    td_residuals,
+    total_return,
+)
+from lmppo.functional.kl import (
+    exact_kl,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    kl_shaped_rewards,
+)
+from lmppo.functional.logprobs import (
+    token_entropy,
+    token_logprobs,
+)
+from lmppo.functional.losses import (
+    approx_kl,
+    clip_fraction,
+    clipped_policy_loss,
+    clipped_value_loss,
+    importance_sampled_loss,
+    kl_penalized_policy_loss,
+    policy_gradient_loss,
+    token_mean_loss,
+)
+from lmppo.functional.masked import (
+    masked_mean,
+    masked_rescale,
+    masked_var,
+    masked_whiten,
+)
+
+__all__ = [
+    "approx_kl",
+    "clip_fraction",
+    "clipped_policy_loss",
+    "clipped_value_loss",
+    "exact_kl",
+    "explained_variance",
+    "gae",
+    "immediate_rewards",
+    "importance_sampled_loss",
+    "kl_k1",
+    "kl_k2",
+    "kl_k3",
+    "kl_penalized_policy_loss",
+    "kl_shaped_rewards",
+    "masked_mean",
+    "masked_rescale",
+    "masked_var",
+    "masked_whiten",
+    "policy_gradient_loss",
+    "rewards_to_go",
+    "td_residuals",
+    "token_entropy",
+    "token_logprobs",
+    "token_mean_loss",
+    "total_return",
+]

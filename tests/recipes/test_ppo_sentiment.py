@@ -1,0 +1,143 @@
+"""The recipe as a user launches it: every YAML, one and two processes, real and local models, resuming."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
+from trl import TrlParser
+
+from lmppo import PPOConfig
+from tests.fakes import tiny_gpt2, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+PPO_CONFIGS = [path for path in CONFIGS if "rollout_batch_size" in yaml.safe_load(path.read_text())]
+SMALL = ["--rollout_batch_size", "8", "--minibatch_size", "4", "--eval_completions", "8", "--max_completion_length", "6"]
+SMALL += ["--save_steps", "1", "--show", "2"]
+
+
+def launch(config: str, output_dir: Path, *flags: str, launcher: tuple[str, ...] = (), env: dict | None = None) -> str:
+    """`accelerate launch` the recipe from the repository root, as the README says; returns what it printed."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_config.yaml", *launcher]
+    command += ["recipes/ppo_sentiment.py", "--config", config, "--output_dir", str(output_dir), *SMALL, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"} | (env or {})
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def rows_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def local_hub(tmp_path_factory) -> Path:
+    """Directories of the same architectures as the Hub's: a GPT-2, a DistilBERT classifier, an IMDb-shaped data set."""
+    hub = tmp_path_factory.mktemp("hub")
+    tiny_gpt2(n_positions=64).save_pretrained(hub / "gpt2-imdb")
+    tiny_tokenizer().save_pretrained(hub / "gpt2-imdb")
+    labels = {0: "NEGATIVE", 1: "POSITIVE"}
+    config = DistilBertConfig(vocab_size=257, dim=16, n_layers=1, n_heads=2, hidden_dim=32, id2label=labels)
+    DistilBertForSequenceClassification(config).save_pretrained(hub / "distilbert-imdb")
+    tiny_tokenizer().save_pretrained(hub / "distilbert-imdb")
+    texts = [{"text": f"review number {i} of a long film", "label": i % 2} for i in range(24)]
+    DatasetDict({"train": Dataset.from_list(texts), "test": Dataset.from_list(texts[:12])}).save_to_disk(hub / "arrow")
+    (hub / "imdb").mkdir()
+    Dataset.from_list(texts).to_parquet(hub / "imdb" / "train.parquet")
+    Dataset.from_list(texts[:12]).to_parquet(hub / "imdb" / "test.parquet")
+    Dataset.from_list([{"prompt": f"film {i} is"} for i in range(20)]).to_json(hub / "prompts.jsonl")
+    return hub
+
+
+@pytest.mark.parametrize("path", PPO_CONFIGS, ids=lambda path: path.stem)
+def test_every_yaml_is_a_valid_configuration(path):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from ppo_sentiment import RecipeArguments
+
+    recipe, args = TrlParser((RecipeArguments, PPOConfig)).parse_args_and_config(["--config", str(path)])
+    assert recipe.reward_funcs and args.resume_from_checkpoint == "auto"
+
+
+def test_unknown_keys_and_flags_are_errors(tmp_path):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from ppo_sentiment import RecipeArguments
+
+    typo = tmp_path / "typo.yaml"
+    typo.write_text((ROOT / "recipes/configs/tiny_reviews.yaml").read_text() + "\nlearning_rat: 1.0\n")
+    with pytest.raises(ValueError, match="learning_rat"):
+        TrlParser((RecipeArguments, PPOConfig)).parse_args_and_config(["--config", str(typo)])
+    with pytest.raises((ValueError, SystemExit)):
+        TrlParser((RecipeArguments, PPOConfig)).parse_args_and_config(
+            ["--config", str(ROOT / "recipes/configs/tiny_reviews.yaml"), "--no_such_flag", "1"]
+        )
+
+
+def test_main_job_runs_resumes_and_leaves_what_it_promises(tmp_path):
+    run = tmp_path / "run"
+    launch("recipes/configs/tiny_reviews.yaml", run, "--max_steps", "2")
+    assert [row["step"] for row in rows_of(run)] == [1, 2]
+    assert (run / "curves.png").stat().st_size > 10_000
+    assert (run / "run_config.yaml").exists() and (run / "checkpoints" / "step-000002" / "MANIFEST.json").exists()
+    AutoModelForCausalLM.from_pretrained(run / "final")
+    AutoTokenizer.from_pretrained(run / "final")
+
+    printed = launch("recipes/configs/tiny_reviews.yaml", run, "--max_steps", "3")
+    assert "Resumed" in printed and [row["step"] for row in rows_of(run)] == [1, 2, 3]
+    assert "already" in launch("recipes/configs/tiny_reviews.yaml", run, "--max_steps", "3")
+
+
+def test_two_processes_learn_the_same_as_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch("recipes/configs/tiny_reviews.yaml", one, "--max_steps", "2")
+    both = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
+    launch("recipes/configs/tiny_reviews.yaml", two, "--max_steps", "2", launcher=both, env={"ACCELERATE_USE_CPU": "true"})
+    for a, b in zip(rows_of(one), rows_of(two), strict=True):
+        for name in ("reward", "kl_to_ref", "completion_length", "value_loss", "policy_loss", "explained_variance"):
+            assert a[name] == pytest.approx(b[name], abs=1e-4), name
+
+
+def test_lora_keeps_the_adapter_and_merges_it(tmp_path):
+    launch("recipes/configs/tiny_reviews_lora.yaml", tmp_path / "run", "--max_steps", "1")
+    assert (tmp_path / "run/final/adapter/adapter_model.safetensors").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/final").config.model_type == "gpt2"
+
+
+@pytest.mark.parametrize("dataset", ["imdb", "prompts.jsonl"])
+def test_hub_recipe_on_local_directories_of_the_same_architectures(tmp_path, local_hub, dataset):
+    launch(
+        "recipes/configs/gpt2_imdb.yaml", tmp_path / "run", "--max_steps", "3",
+        "--model_name_or_path", str(local_hub / "gpt2-imdb"), "--dataset_name", str(local_hub / dataset),
+        "--reward_funcs", f"classifier:{local_hub / 'distilbert-imdb'}", "lexicon", "--eval_steps", "2",
+    )  # fmt: skip
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 3 and "eval_reward" in rows[1] and "rewards/lexicon/mean" in rows[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        (["--dataset_name", "missing.jsonl"], "missing.jsonl"),
+        (["--model_name_or_path", "no/such-model"], "no/such-model"),
+        (["--reward_funcs", "toy:nothing"], "nothing"),
+        (["--rollout_batch_size", "10", "--minibatch_size", "4"], "minibatch_size=4"),
+    ],
+)
+def test_bad_input_names_the_culprit(tmp_path, flags, culprit):
+    command = [sys.executable, "recipes/ppo_sentiment.py", "--config", "recipes/configs/tiny_reviews.yaml"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "run"), *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0 and culprit in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
