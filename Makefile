@@ -11,9 +11,6 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-# accelerate gives a CPU process one thread unless told otherwise.
-THREADS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)}
-
 # The environments of `make demo` and `make test`.
 EXTRAS_demo := data,plots
 EXTRAS_test := data,plots,train,tracking,dev
@@ -21,7 +18,7 @@ EXTRAS_test := data,plots,train,tracking,dev
 .PHONY: demo test setup lint types format clean
 
 demo: $(VENV)/.installed-demo
-	$(THREADS) $(BIN)/accelerate launch --config_file accelerate_config.yaml recipes/ppo_sentiment.py \
+	$(BIN)/accelerate launch --config_file accelerate_config.yaml recipes/ppo_sentiment.py \
 		--config recipes/configs/tiny_reviews.yaml $(ARGS)
 
 test: lint types

@@ -25,7 +25,7 @@ def make_accelerator(args: PPOConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=args.use_cpu or not torch.accelerator.is_available(),
         mixed_precision="bf16" if args.bf16 else None,
-        log_with=args.report_to or None,
+        log_with=[tracker for tracker in args.report_to if tracker != "none"] or None,
         project_dir=args.output_dir,
         kwargs_handlers=[ddp],
     )
@@ -42,7 +42,23 @@ def make_accelerator(args: PPOConfig) -> Accelerator:
             f"data parallelism (--multi_gpu), and LoRA (--use_peft) to save memory."
         )
     args.check_processes(accelerator.num_processes)
+    if args.cpu_threads is not None and accelerator.device.type == "cpu":
+        share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(args.cpu_threads or max(1, share))
     return accelerator
+
+
+def describe_model(model: ActorCritic) -> dict[str, Any]:
+    """What `run_config.yaml` says of the model, so that a run is not continued with another one."""
+    settings: dict[str, Any] = {"model_name_or_path": getattr(model.policy.config, "_name_or_path", "")}
+    if model.critic is not None:
+        settings["critic"] = model.critic.config._name_or_path or type(model.critic).__name__
+    if hasattr(model.policy, "peft_config"):
+        adapter = model.policy.peft_config[model.policy.active_adapter].to_dict()
+        settings["adapter"] = {n: adapter.get(n) for n in ("r", "lora_alpha", "target_modules", "modules_to_save")}
+        if isinstance(adapter.get("target_modules"), set | list):
+            settings["adapter"]["target_modules"] = sorted(adapter["target_modules"])  # a set has no order to compare
+    return settings
 
 
 def make_optimizer(model: ActorCritic, args: PPOConfig) -> torch.optim.AdamW:

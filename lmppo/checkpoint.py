@@ -99,27 +99,33 @@ def load_checkpoint(source: Path, model: ActorCritic, optimizer: torch.optim.Opt
 
 
 def _load_model(model: ActorCritic, directory: Path) -> None:
-    policy_dir = directory / "policy"
     if hasattr(model.policy, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        weights = load_peft_weights(str(policy_dir), device="cpu")
-        result = set_peft_model_state_dict(model.policy, weights)
-        unexpected = list(result.unexpected_keys)
-        if unexpected:
-            raise CheckpointError(f"{policy_dir}: the adapter does not fit this model: {unexpected[:3]}")
+        _load_adapter(model.policy, directory / "policy")
     else:
-        _load_into(model.policy, policy_dir)
+        _load_into(model.policy, directory / "policy")
     if model.value_head is not None:
         model.value_head.load_state_dict(load_file(directory / "value_head.safetensors"))
     else:
         _load_into(model.critic, directory / "critic")
 
 
+def _load_adapter(policy: Any, directory: Path) -> None:
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    name = policy.active_adapter
+    weights = load_peft_weights(str(directory if name == "default" else directory / name), device="cpu")
+    _check_fit(get_peft_model_state_dict(policy, adapter_name=name), weights, directory)
+    set_peft_model_state_dict(policy, weights, adapter_name=name)
+
+
 def _load_into(module: PreTrainedModel, directory: Path) -> None:
     """Copy saved weights into a model of the same class, through transformers (which may rename what it saves)."""
     saved = load_weights(type(module), str(directory)).state_dict()
-    own = module.state_dict()
+    _check_fit(module.state_dict(), saved, directory)
+    module.load_state_dict(saved)
+
+
+def _check_fit(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], directory: Path) -> None:
     differing = sorted(
         n for n in set(own) | set(saved) if n not in own or n not in saved or own[n].shape != saved[n].shape
     )
@@ -128,7 +134,6 @@ def _load_into(module: PreTrainedModel, directory: Path) -> None:
             f"{directory} does not fit this model: {', '.join(differing[:3])} differ. Resume with the model the run "
             f"was started with."
         )
-    module.load_state_dict(saved)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -5,7 +5,8 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 ESTIMATORS = ("gae", "rewards_to_go", "total_return", "immediate_rewards")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -26,6 +27,7 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 1",
     ),
     ("eval_steps save_steps critic_warmup_epochs", lambda v: v >= 1, "at least 1, or none"),
+    ("cpu_threads", lambda v: v >= 0, "0 or more, or none"),
     ("seed top_k warmup_steps critic_warmup_steps log_completions", lambda v: v >= 0, "0 or more"),
     ("kl_coef vf_coef ent_coef weight_decay learning_rate", lambda v: 0 <= v < math.inf, "finite, 0 or more"),
     ("temperature max_grad_norm adam_epsilon", lambda v: 0 < v < math.inf, "finite and above 0"),
@@ -52,6 +54,7 @@ class PPOConfig:
     optimizer steps. `docs/configuration.md` gives the reason for each default.
 
     Raises:
+        TypeError: A value is of the wrong kind, such as text where a number is expected.
         ValueError: A value is out of range, or the sizes do not divide; the message names the setting and the remedy.
     """
 
@@ -63,6 +66,9 @@ class PPOConfig:
         None, "'auto': newest valid checkpoint of this run, or start; 'true': newest, or an error; or a directory."
     )
     use_cpu: bool = _knob(False, "Stay on the CPU even if an accelerator is there.")
+    cpu_threads: int | None = _knob(
+        None, "Threads of each process on a CPU; 0: share out all cores (default: as launched; accelerate launch says 1)."
+    )
     bf16: bool = _knob(False, "Run the forward passes under bfloat16 autocast (weights stay float32).")
 
     # Rollout
@@ -126,6 +132,8 @@ class PPOConfig:
     disable_tqdm: bool = _knob(False, "No progress bar.")
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(PPOConfig).items():
+            self._check_kind(name, kind)
         for names, holds, rule in _RULES:
             for name in names.split():
                 value = getattr(self, name)
@@ -134,6 +142,15 @@ class PPOConfig:
         self._require_choice("estimator", ESTIMATORS)
         self._require_choice("lr_scheduler_type", SCHEDULES)
         self._check_sizes()
+
+    def _check_kind(self, name: str, kind: Any) -> None:
+        value = getattr(self, name)
+        accepted = {get_origin(k) or k for k in (get_args(kind) if isinstance(kind, UnionType) else (kind,))}
+        accepted |= {int} if float in accepted else set()
+        accepted |= {bool} if name == "resume_from_checkpoint" else set()  # YAML's true
+        if type(value) not in accepted:
+            expected = kind.__name__ if type(kind) is type else kind
+            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected {expected}.")
 
     def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)

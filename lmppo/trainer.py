@@ -15,6 +15,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from lmppo import checkpoint as ckpt
 from lmppo.build import (
+    describe_model,
     load_tokenizer,
     make_accelerator,
     make_kl_control,
@@ -368,8 +369,7 @@ class PPOTrainer:
             )
 
     def _settings(self) -> dict[str, Any]:
-        name = getattr(self.actor_critic.policy.config, "_name_or_path", "")
-        return self.args.to_dict() | {"model_name_or_path": name, "reward_funcs": self.rewards.names}
+        return self.args.to_dict() | describe_model(self.actor_critic) | {"reward_funcs": self.rewards.names}
 
     def _environment(self) -> dict[str, Any]:
         return {

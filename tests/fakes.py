@@ -34,3 +34,15 @@ def tiny_llama(vocab_size: int = 257, *, seed: int = 0, **kwargs) -> LlamaForCau
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=0, **sizes)
     return LlamaForCausalLM(config)
+
+
+LETTERS = "abcdefghijk"
+
+
+def letter_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
+    """Twelve tokens: ``<|endoftext|>`` (id 0), which also pads, and eleven letters. Random models end texts early."""
+    tokenizer = Tokenizer(models.BPE(vocab={END_OF_TEXT: 0, **{c: i + 1 for i, c in enumerate(LETTERS)}}, merges=[]))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    tokenizer.decoder = decoders.Fuse()
+    special = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, **kwargs}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

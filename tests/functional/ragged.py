@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 GARBAGE = (float("nan"), float("inf"), float("-inf"), 1e30)
 
 # The same examples on every run: a red test is red for everyone.
-modest = settings(max_examples=40, derandomize=True, deadline=None)
+modest = settings(max_examples=30, derandomize=True, deadline=None)
 
 numbers = st.integers(-160, 160).map(lambda sixteenths: sixteenths / 16)
 unit_numbers = st.integers(0, 8).map(lambda eighths: eighths / 8)
@@ -29,14 +29,17 @@ def mask_of(*rows):
 
 @st.composite
 def ragged(draw, count=1, max_rows=3, max_steps=6):
-    """(mask, x_1, ..., x_count): a mask with any gaps and any empty rows, and float64 tensors of its shape."""
+    """(mask, x_1, ..., x_count): a mask with any gaps and any empty rows, and float64 tensors of its shape.
+
+    The mask is hypothesis's, so that a failure shrinks to the simplest one; the numbers come from a seed, which is much
+    faster. With the smallest spread most of them are equal.
+    """
     rows, steps = draw(st.integers(1, max_rows)), draw(st.integers(1, max_steps))
-
-    def table(elements):
-        row = st.lists(elements, min_size=steps, max_size=steps)
-        return draw(st.lists(row, min_size=rows, max_size=rows))
-
-    return torch.tensor(table(st.booleans())), *(tensor(table(numbers)) for _ in range(count))
+    counts = draw(st.lists(st.booleans(), min_size=rows * steps, max_size=rows * steps))
+    spread = draw(st.sampled_from([160, 16, 1]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    sixteenths = torch.randint(-spread, spread + 1, (count, rows, steps), generator=generator)
+    return torch.tensor(counts).reshape(rows, steps), *(sixteenths.double() / 16)
 
 
 def random_batch(seed=0, rows=4, steps=7, count=3, dtype=torch.float64):

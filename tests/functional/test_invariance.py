@@ -110,17 +110,17 @@ def test_every_masked_function_is_here():
     assert masked == {name.split(",")[0] for name in CASES} - {"everything"}
 
 
-@pytest.mark.parametrize("garbage", GARBAGE)
 @every_case
-def test_masked_positions_never_matter(name, garbage):
+def test_masked_positions_never_matter(name):
     """Not in the value and not in a gradient, bit for bit; masked results are 0 and so are masked gradients."""
     mask, *tensors = random_batch()
     clean = value_and_gradients(CASES[name], mask, *(torch.where(mask, x, 0.0) for x in tensors))
-    dirty = value_and_gradients(CASES[name], mask, *(torch.where(mask, x, garbage) for x in tensors))
-    for before, after in zip(clean, dirty, strict=True):
-        assert torch.equal(before, after)
-        if before.shape == mask.shape:
-            assert not after[~mask].any()
+    for garbage in GARBAGE:
+        dirty = value_and_gradients(CASES[name], mask, *(torch.where(mask, x, garbage) for x in tensors))
+        for before, after in zip(clean, dirty, strict=True):
+            assert torch.equal(before, after), garbage
+            if before.shape == mask.shape:
+                assert not after[~mask].any(), garbage
 
 
 @per_token
@@ -154,17 +154,17 @@ def test_gaps_do_not_exist_for_what_looks_at_the_whole_batch(name):
     torch.testing.assert_close(whole.gather(1, order) if whole.ndim else whole, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @every_case
-def test_padding_columns_change_nothing(name, side):
-    """On either side, whatever is in them."""
+def test_padding_columns_change_nothing(name):
+    """On the left or on the right, whatever is in them."""
     mask, *tensors = random_batch()
-    columns = (2, 0) if side == "left" else (0, 2)
-    padded = [torch.nn.functional.pad(x, columns, value=float("nan")) for x in tensors]
-    got = CASES[name](torch.nn.functional.pad(mask, columns), *padded)
-    if got.ndim:
-        got = got[:, columns[0] : columns[0] + mask.shape[1]]
-    torch.testing.assert_close(got, CASES[name](mask, *tensors), rtol=1e-12, atol=1e-12)
+    expected = CASES[name](mask, *tensors)
+    for left, right in ((2, 0), (0, 2), (1, 1)):
+        padded = [torch.nn.functional.pad(x, (left, right), value=float("nan")) for x in tensors]
+        got = CASES[name](torch.nn.functional.pad(mask, (left, right)), *padded)
+        if got.ndim:
+            got = got[:, left : left + mask.shape[1]]
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @every_case
@@ -201,12 +201,12 @@ def test_float64_is_computed_in_float64(name):
         assert not torch.equal(CASES[name](mask, *tiny), double)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @every_case
-def test_half_precision_is_computed_in_float32(name, dtype):
+def test_half_precision_is_computed_in_float32(name):
     """As if the inputs had been converted first."""
-    mask, *tensors = random_batch(dtype=dtype)
-    assert torch.equal(CASES[name](mask, *tensors), CASES[name](mask, *(x.float() for x in tensors)))
+    for dtype in (torch.float16, torch.bfloat16):
+        mask, *tensors = random_batch(dtype=dtype)
+        assert torch.equal(CASES[name](mask, *tensors), CASES[name](mask, *(x.float() for x in tensors)))
 
 
 @every_case
@@ -222,10 +222,7 @@ def test_arguments_are_not_changed(name):
 def test_masks_and_tensors_of_the_wrong_kind_are_refused(name):
     """A mask of integers, a mask of another shape, integer tensors: the error names the function and the argument."""
     mask, *tensors = random_batch()
-    if name == "everything":
-        function = "kl_shaped_rewards"  # the first one called
-    else:
-        function = name.split(",")[0]
+    function = "kl_shaped_rewards" if name == "everything" else name.split(",")[0]  # the first one called
     with pytest.raises(TypeError, match=f"{function}: mask must be a torch.bool tensor, got a torch.int64 tensor"):
         CASES[name](mask.long(), *tensors)
     with pytest.raises(ValueError, match=rf"{function}: \w+ must have shape \(4, 6\).*got \(4, 7\)"):

@@ -39,7 +39,7 @@ def value_and_gradient(loss, start):
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 def test_policy_gradient_loss_by_hand(advantage):
     """-A log pi, derivative -A: descending it raises log pi where A > 0 (N12)."""
-    got = value_and_gradient(lambda lp: policy_gradient_loss(lp, tensor([[advantage]]), ONE), -3.0)
+    got = value_and_gradient(lambda lp: policy_gradient_loss(lp, tensor([[advantage]]), ONE), start=-3.0)
     assert got == (3.0 * advantage, -advantage)
 
 
@@ -47,10 +47,9 @@ def test_policy_gradient_loss_by_hand(advantage):
 @pytest.mark.parametrize("ratio", [0.5, 1.0, 4.0])
 def test_importance_sampled_loss_by_hand(advantage, ratio):
     """-A ratio; d ratio / d log pi = ratio, so the derivative equals the loss."""
-    old = tensor([[-3.0]])
-    loss = lambda lp: importance_sampled_loss(lp, old, tensor([[advantage]]), ONE)  # noqa: E731
-    value, gradient = value_and_gradient(loss, -3.0 + math.log(ratio))
-    assert value == pytest.approx(-advantage * ratio) and gradient == pytest.approx(-advantage * ratio)
+    old, advantages = tensor([[-3.0]]), tensor([[advantage]])
+    got = value_and_gradient(lambda lp: importance_sampled_loss(lp, old, advantages, ONE), start=-3.0 + math.log(ratio))
+    assert got == pytest.approx((-advantage * ratio, -advantage * ratio))
 
 
 CLIP_CASES = [
@@ -86,8 +85,10 @@ CLIP_CASES = [
 def test_clipped_policy_loss_by_hand(advantage, ratio, options, loss, slope):
     """Every region of the clipped objective: its value, and whether a gradient is left."""
     old, advantages = tensor([[-3.0]]), tensor([[float(advantage)]])
-    clipped = lambda lp: clipped_policy_loss(lp, old, advantages, ONE, **options)  # noqa: E731
-    assert value_and_gradient(clipped, -3.0 + math.log(ratio)) == pytest.approx((loss, slope))
+    got = value_and_gradient(
+        lambda lp: clipped_policy_loss(lp, old, advantages, ONE, **options), start=-3.0 + math.log(ratio)
+    )
+    assert got == pytest.approx((loss, slope))
 
 
 def test_at_ratio_1_every_surrogate_has_the_policy_gradient():
@@ -235,19 +236,26 @@ def test_the_penalty_is_kl_of_old_against_new(seed):
 
 def test_kl_penalized_loss_by_hand():
     """-A ratio + beta (ratio - 1 - log ratio); derivative -A ratio + beta (ratio - 1)."""
-    loss = lambda lp: kl_penalized_policy_loss(lp, tensor([[-3.0]]), tensor([[2.0]]), ONE, beta=0.5)  # noqa: E731
+
+    def at_ratio(ratio):
+        old, advantages = tensor([[-3.0]]), tensor([[2.0]])
+        return value_and_gradient(
+            lambda lp: kl_penalized_policy_loss(lp, old, advantages, ONE, beta=0.5), start=-3.0 + math.log(ratio)
+        )
+
     # ratio 4: -8 + .5 (3 - log 4), -8 + 1.5
-    assert value_and_gradient(loss, -3.0 + math.log(4)) == pytest.approx((-8 + 0.5 * (3 - math.log(4)), -6.5))
+    assert at_ratio(4) == pytest.approx((-8 + 0.5 * (3 - math.log(4)), -6.5))
     # ratio 1/4: -.5 + .5 (-3/4 + log 4), -.5 - .375
-    got = value_and_gradient(loss, -3.0 - math.log(4))
-    assert got == pytest.approx((-0.5 + 0.5 * (math.log(4) - 0.75), -0.875))
+    assert at_ratio(1 / 4) == pytest.approx((-0.5 + 0.5 * (math.log(4) - 0.75), -0.875))
 
 
 def test_the_penalty_pulls_back_from_both_sides():
     """Whatever the advantage would say: with A = 0 the derivative has the sign of the log-ratio, even far out."""
+    nothing = tensor([[0.0]])
     for log_ratio in (-1e4, -30.0, -1.0, 1.0, 19.0):
-        loss = lambda lp: kl_penalized_policy_loss(lp, tensor([[0.0]]), tensor([[0.0]]), ONE, beta=1.0)  # noqa: E731
-        value, slope = value_and_gradient(loss, log_ratio)
+        value, slope = value_and_gradient(
+            lambda lp: kl_penalized_policy_loss(lp, nothing, nothing, ONE, beta=1.0), start=log_ratio
+        )
         assert value > 0 and slope * log_ratio > 0
 
 
@@ -270,8 +278,9 @@ VALUE_CASES = [
 @pytest.mark.parametrize(("value", "clip_range", "loss", "slope"), VALUE_CASES)
 def test_clipped_value_loss_by_hand(value, clip_range, loss, slope):
     """Every region: its value, and whether a gradient is left."""
-    clipped = lambda v: clipped_value_loss(v, tensor([[0.0]]), tensor([[1.0]]), ONE, clip_range=clip_range)  # noqa: E731
-    assert value_and_gradient(clipped, value) == pytest.approx((loss, slope))
+    old, returns = tensor([[0.0]]), tensor([[1.0]])
+    got = value_and_gradient(lambda v: clipped_value_loss(v, old, returns, ONE, clip_range=clip_range), start=value)
+    assert got == pytest.approx((loss, slope))
 
 
 @modest

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 PPO_CONFIGS = [path for path in CONFIGS if "rollout_batch_size" in yaml.safe_load(path.read_text())]
 SMALL = ["--rollout_batch_size", "8", "--minibatch_size", "4", "--eval_completions", "8", "--max_completion_length", "6"]
-SMALL += ["--save_steps", "1", "--show", "2"]
+SMALL += ["--save_steps", "1", "--show", "2", "--cpu_threads", "1"]
 
 
 def launch(config: str, output_dir: Path, *flags: str, launcher: tuple[str, ...] = (), env: dict | None = None) -> str:

@@ -1,0 +1,179 @@
+"""The configuration: every bad value is refused with its setting's name, and no setting is dead."""
+
+import ast
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from trl import TrlParser
+
+import lmppo
+from lmppo import PPOConfig
+
+NAN, INF = math.nan, math.inf
+COUNT = (0, -1)
+RATE = (-1e-3, NAN, INF)
+POSITIVE = (0.0, -1.0, NAN, INF)
+UNIT = (-0.1, 1.1, NAN)
+
+BAD = {
+    "max_steps": COUNT,
+    "seed": (-1,),
+    "rollout_batch_size": (*COUNT, 50),  # no multiple of minibatch_size=16
+    "num_generations": (*COUNT, 7),  # no divisor of rollout_batch_size=64
+    "max_completion_length": COUNT,
+    "temperature": POSITIVE,
+    "top_k": (-1,),
+    "top_p": (0.0, 1.01, NAN),
+    "min_p": UNIT,
+    "kl_coef": RATE,
+    "kl_target": POSITIVE,
+    "kl_horizon": COUNT,
+    "estimator": ("gea", ""),
+    "gamma": UNIT,
+    "lam": UNIT,
+    "ppo_epochs": COUNT,
+    "minibatch_size": (*COUNT, 30),
+    "micro_batch_size": COUNT,
+    "clip_range": (0.0, 1.0, NAN),
+    "clip_range_high": POSITIVE,
+    "value_clip_range": POSITIVE,
+    "vf_coef": RATE,
+    "ent_coef": RATE,
+    "target_kl": POSITIVE,
+    "critic_warmup_steps": (-1,),
+    "critic_warmup_epochs": COUNT,
+    "step_zero_tolerance": POSITIVE,
+    "learning_rate": RATE,
+    "critic_learning_rate": POSITIVE,
+    "lr_scheduler_type": ("cosin",),
+    "warmup_steps": (-1,),
+    "weight_decay": RATE,
+    "adam_beta1": (-0.1, 1.0, NAN),
+    "adam_beta2": (-0.1, 1.0, NAN),
+    "adam_epsilon": POSITIVE,
+    "max_grad_norm": POSITIVE,
+    "logging_steps": COUNT,
+    "eval_steps": COUNT,
+    "eval_completions": COUNT,
+    "save_steps": COUNT,
+    "save_total_limit": (0, 1),
+    "log_completions": (-1,),
+}
+# Any text, any list and any bool is acceptable; reward_weights are checked with the reward functions they belong to.
+FREE = {"output_dir", "resume_from_checkpoint", "use_cpu", "bf16", "shuffle_dataset", "whiten_advantages",
+        "reward_weights", "report_to", "run_name", "disable_tqdm"}  # fmt: skip
+FIELDS = {f.name: f for f in dataclasses.fields(PPOConfig)}
+
+
+def test_every_setting_with_a_range_is_tested():
+    assert set(BAD) | FREE == set(FIELDS)
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in BAD.items() for value in values])
+def test_a_bad_value_is_refused_with_its_name_and_itself(name, value):
+    with pytest.raises(ValueError, match=rf"{name}={value!r}"):
+        PPOConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_value_of_the_wrong_kind_is_refused_with_its_name(name):
+    with pytest.raises(TypeError, match=rf"{name}=.* is a object; expected"):
+        PPOConfig(**{name: object()})
+
+
+@pytest.mark.parametrize(
+    "settings", [{"learning_rate": "1e-5"}, {"max_steps": 10.0}, {"seed": True}, {"report_to": "wandb"}, {"gamma": None}]
+)
+def test_text_is_no_number_and_a_bool_is_no_count(settings):
+    with pytest.raises(TypeError, match=next(iter(settings))):
+        PPOConfig(**settings)
+
+
+def test_whole_numbers_are_fractions_too():
+    assert PPOConfig(kl_coef=0, gamma=1, temperature=1).kl_coef == 0
+
+
+def test_a_misspelled_choice_gets_a_suggestion():
+    with pytest.raises(ValueError, match=r"estimator='rewards_togo' is not one of gae, .*Did you mean 'rewards_to_go'\?"):
+        PPOConfig(estimator="rewards_togo")
+
+
+def test_it_cannot_be_written_to():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PPOConfig().seed = 3
+
+
+def test_two_configurations_share_no_list():
+    assert PPOConfig().report_to is not PPOConfig().report_to
+
+
+@pytest.mark.parametrize(
+    "settings, culprit, hint",
+    [
+        ({"rollout_batch_size": 64, "minibatch_size": 64}, "rollout_batch_size=64", "try 63"),
+        ({"rollout_batch_size": 48, "minibatch_size": 16}, "minibatch_size=16", "try 15"),
+        ({"rollout_batch_size": 6, "minibatch_size": 6, "eval_completions": 2}, "eval_completions=2", "try 3"),
+    ],
+)
+def test_sizes_that_do_not_divide_over_the_processes_are_refused(settings, culprit, hint):
+    config = PPOConfig(**settings)
+    config.check_processes(1)
+    with pytest.raises(ValueError, match=rf"{culprit} .* multiple of their number, 3: {hint}"):
+        config.check_processes(3)
+
+
+def read_settings():
+    """Attribute names read from anything called args or config, in lmppo outside config.py."""
+    read = set()
+    for path in Path(lmppo.__file__).parent.rglob("*.py"):
+        if path.name == "config.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", None)
+                if owner in ("args", "config"):
+                    read.add(node.attr)
+    return read
+
+
+def test_every_setting_is_read_somewhere():
+    """torchtune and TRL ship settings that nothing reads. (test_trainer.py turns each one and sees the run change.)"""
+    assert not set(FIELDS) - read_settings()
+
+
+def test_every_setting_has_a_help_text():
+    assert all(f.metadata.get("help") for f in FIELDS.values())
+
+
+def parse(tmp_path, yaml, *flags):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml)
+    return TrlParser(PPOConfig).parse_args_and_config(args=["--config", str(path), *flags])[0]
+
+
+def test_yaml_and_flags(tmp_path):
+    yaml = "learning_rate: 1e-5\nmax_steps: 7\nreport_to: [tensorboard]\nvalue_clip_range: null\nseed: 1\n"
+    config = parse(tmp_path, yaml, "--seed", "3", "--reward_weights", "1", "0.5", "--whiten_advantages", "false")
+    assert config == PPOConfig(
+        learning_rate=1e-5, max_steps=7, report_to=["tensorboard"], value_clip_range=None, seed=3,
+        reward_weights=[1.0, 0.5], whiten_advantages=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("written, meant", [("auto", "auto"), ("true", True), ("some/where", "some/where")])
+def test_resume_from_checkpoint_in_yaml(tmp_path, written, meant):
+    assert parse(tmp_path, f"resume_from_checkpoint: {written}\n").resume_from_checkpoint == meant
+
+
+def test_an_unknown_key_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="learning_rat"):
+        parse(tmp_path, "learning_rat: 1e-5\n")
+    with pytest.raises(ValueError, match="learning_rat2"):
+        parse(tmp_path, "seed: 1\n", "--learning_rat2", "1e-5")
+
+
+def test_bad_yaml_values_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"gamma=1\.5"):
+        parse(tmp_path, "gamma: 1.5\n")

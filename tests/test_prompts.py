@@ -1,0 +1,229 @@
+"""Prompts: every form of data set, each row once per epoch, resumable anywhere, and errors that name the row."""
+
+import datasets
+import pytest
+import torch
+from builders import PROMPTS
+from fakes import END_OF_TEXT, LETTERS, letter_tokenizer
+
+from lmppo.prompts import PromptEncoder, PromptStream, cut_prompts, make_batch, pad_left
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}k{% endif %}"
+
+
+def encoder(tokenizer=None, *, vocab_size=12, max_positions=16, max_completion_length=8):
+    return PromptEncoder(tokenizer or letter_tokenizer(), vocab_size, max_positions, max_completion_length)
+
+
+def rows_of(*prompts):
+    return [{"prompt": p} for p in prompts]
+
+
+def stream(rows, **kwargs):
+    return PromptStream(rows, encoder(), **kwargs)
+
+
+def letters(n):
+    """n one-letter prompts, all different."""
+    return rows_of(*LETTERS[:n])
+
+
+class Restartable:
+    """An iterable without a length whose every iter() starts over, fed by a generator."""
+
+    def __init__(self, rows):
+        self.rows, self.starts = rows, 0
+
+    def __iter__(self):
+        self.starts += 1
+        return (row for row in self.rows)
+
+
+# --- what a prompt may be --------------------------------------------------------------------------------------------
+
+
+def test_left_padding():
+    ids, mask = pad_left([[7], [3, 4, 5]], 4)
+    assert ids.tolist() == [[0, 0, 0, 7], [0, 3, 4, 5]]
+    assert mask.tolist() == [[False, False, False, True], [False, True, True, True]]
+    assert (ids.dtype, mask.dtype) == (torch.long, torch.bool)
+
+
+def test_text_is_tokenized_and_kept_as_text():
+    assert encoder().encode({"prompt": "abk"}, 0) == ("abk", [1, 2, 11])
+
+
+def test_token_ids_are_kept_and_shown_as_text():
+    assert encoder().encode({"prompt": [1, 2, 11]}, 0) == ("abk", [1, 2, 11])
+    assert encoder().encode({"prompt": [0, 1]}, 0)[1] == [0, 1], "the end-of-text token is an id like any other"
+
+
+def test_messages_go_through_the_chat_template_and_stay_messages():
+    messages = [{"role": "system", "content": "ab"}, {"role": "user", "content": "c"}]
+    prompt, ids = encoder(letter_tokenizer(chat_template=CHAT_TEMPLATE)).encode({"prompt": messages}, 0)
+    assert prompt == messages
+    assert ids == [1, 2, 3, 11], "with the generation prompt"
+
+
+def test_a_data_set_may_be_a_plain_list_of_prompts():
+    assert stream(["a", "bc"], shuffle=False).next_batch(2).input_ids == [[1], [2, 3]]
+
+
+def test_other_columns_and_generations():
+    rows = [{"prompt": "a", "label": 1, "note": "x"}, {"prompt": "bc", "label": 0, "note": "y"}]
+    batch = stream(rows, shuffle=False).next_batch(2, num_generations=3)
+    assert batch.prompts == ["a"] * 3 + ["bc"] * 3
+    assert batch.input_ids == [[1]] * 3 + [[2, 3]] * 3
+    assert batch.columns == {"label": [1, 1, 1, 0, 0, 0], "note": ["x"] * 3 + ["y"] * 3}
+    part = batch.rows(range(2, 4))
+    assert (part.prompts, part.input_ids) == (["a", "bc"], [[1], [2, 3]])
+    assert part.columns == {"label": [1, 0], "note": ["x", "y"]}
+    assert len(batch) == 6 and len(part) == 2
+
+
+def test_bare_prompts_have_no_columns():
+    assert make_batch([("a", "a", [1])]).columns == {}
+
+
+# --- F50: every unusable prompt is named before training -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad, complaint",
+    [
+        ({"text": "a", "id": 3}, r"no `prompt` \(found: text, id\).*cut_prompts"),
+        ({"prompt": None}, r"no `prompt`"),
+        ({"prompt": ""}, r"no tokens.*Remove the row"),
+        ({"prompt": []}, r"no tokens"),
+        ({"prompt": "abcdefghi"}, r"9 tokens and max_completion_length=8 exceed the model's context of 16.*Shorten"),
+        ({"prompt": [1, 12]}, r"token id 12 is outside the model's vocabulary of 12"),
+        ({"prompt": [1, -1]}, r"token id -1 is outside the model's vocabulary of 12"),
+        ({"prompt": 5}, r"the prompt is a int; expected text, a list of messages"),
+        ({"prompt": ["a", "b"]}, r"the prompt is a list; expected text"),
+        ({"prompt": [{"role": "user", "content": "a"}]}, r"chat messages, but the tokenizer has no chat template"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_unusable_row_is_named_before_anything_is_sampled(bad, complaint):
+    good = rows_of("a", "b")
+    with pytest.raises(ValueError, match=rf"(?s)Row 2.*{complaint}"):
+        stream([*good, bad])
+    streaming = stream(Restartable([*good, bad]))
+    streaming.next_batch(2)
+    with pytest.raises(ValueError, match=rf"(?s)Row 2.*{complaint}"):
+        streaming.next_batch(1)
+
+
+def test_a_prompt_that_just_fits_the_context_is_accepted():
+    assert stream(rows_of("abcdefgh")).next_batch(1).input_ids == [[1, 2, 3, 4, 5, 6, 7, 8]]
+
+
+def test_a_model_without_a_limit_takes_any_length():
+    assert PromptStream(rows_of("a" * 500), encoder(max_positions=None)).next_batch(1)
+
+
+# --- F49: any size of data set ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 11])
+@pytest.mark.parametrize("batch", [1, 4, 8])
+@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list, Restartable], ids=["list", "Dataset", "streaming"])
+def test_each_row_comes_once_per_epoch_whatever_the_sizes(size, batch, kind):
+    """Smaller than a batch, no multiple of it: no row is left out, none comes twice, nothing hangs."""
+    prompts = stream(kind(letters(size)))
+    n_batches = 3 * size  # 3 * batch whole epochs
+    drawn = [p for _ in range(n_batches) for p in prompts.next_batch(batch).prompts]
+    for start in range(0, len(drawn), size):
+        assert sorted(drawn[start : start + size]) == list(LETTERS[:size])
+
+
+@pytest.mark.parametrize("empty", [[], datasets.Dataset.from_list([])])
+def test_an_empty_data_set_is_refused(empty):
+    with pytest.raises(ValueError, match="data set is empty"):
+        stream(empty)
+
+
+@pytest.mark.parametrize("rows", [Restartable([]), datasets.Dataset.from_list(letters(3)).to_iterable_dataset().skip(3)])
+def test_an_empty_stream_is_refused_when_it_is_read(rows):
+    with pytest.raises(ValueError, match="no row after row 0: it is empty"):
+        stream(rows).next_batch(1)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    ["a path", {"prompt": ["a", "b"]}, (row for row in letters(3)), 7, datasets.DatasetDict(train=letters(2))],
+    ids=["text", "columns", "generator", "number", "DatasetDict"],
+)
+def test_what_is_no_data_set_is_refused(nonsense):
+    """A generator could be read once only: its second epoch and its resumed run would be empty."""
+    with pytest.raises(ValueError, match=rf"The data set is a {type(nonsense).__name__}; expected a Dataset"):
+        stream(nonsense)
+
+
+# --- order and resuming ----------------------------------------------------------------------------------------------
+
+
+def draw(prompts, n):
+    return prompts.next_batch(n).prompts
+
+
+def test_the_order_is_a_new_permutation_each_epoch_and_of_each_seed():
+    prompts = stream(letters(11), seed=3)
+    epochs = [draw(prompts, 11) for _ in range(4)]
+    assert all(sorted(epoch) == list(LETTERS) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in [*epochs, list(LETTERS), draw(stream(letters(11), seed=4), 11)]}) == 6
+
+
+def test_without_shuffling_the_order_is_the_data_sets():
+    assert draw(stream(letters(5), shuffle=False), 12) == list("abcdeabcdeab")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [list, datasets.Dataset.from_list, Restartable, lambda r: datasets.Dataset.from_list(r).to_iterable_dataset()],
+    ids=["list", "Dataset", "streaming", "IterableDataset"],
+)
+@pytest.mark.parametrize("cursor", [0, 1, 4, 5, 7, 13])
+def test_it_goes_on_from_any_prompt(kind, cursor):
+    """In the middle of an epoch, at its end, in a later one; whatever the sizes of the batches before."""
+    whole = draw(stream(kind(letters(5)), seed=9), 20)
+    before = stream(kind(letters(5)), seed=9)
+    for _ in range(cursor):
+        before.next_batch(1)
+    after = stream(kind(letters(5)), seed=9)
+    after.load_state_dict(before.state_dict())
+    assert draw(after, 20 - cursor) == whole[cursor:]
+    assert draw(before, 20 - cursor) == whole[cursor:]
+
+
+def test_a_stream_is_read_as_it_is_needed():
+    rows = Restartable(letters(6))
+    prompts = stream(rows)
+    assert rows.starts == 0
+    assert draw(prompts, 4) == list("abcd")
+    assert draw(prompts, 4) == list("efab")
+    assert rows.starts == 2
+
+
+# --- cutting prompts from texts --------------------------------------------------------------------------------------
+
+
+def test_prompts_are_cut_from_texts():
+    data = datasets.Dataset.from_list([{"text": t, "label": i} for i, t in enumerate(["abcdef", "ab", "kjihg"])])
+    cut = cut_prompts(data, letter_tokenizer(), 4)
+    assert cut.to_list() == [{"label": 0, "prompt": [1, 2, 3, 4]}, {"label": 2, "prompt": [11, 10, 9, 8]}]
+
+
+@pytest.mark.parametrize(
+    "column, n_tokens, complaint", [("body", 2, r"neither a `prompt` nor a `text` column \(found: \['body'\]\)"),
+                                    ("text", 9, "No text of the data set has prompt_tokens=9 tokens: lower it")]
+)  # fmt: skip
+def test_texts_that_cannot_be_cut(column, n_tokens, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        cut_prompts(datasets.Dataset.from_list([{column: "abc"}]), letter_tokenizer(), n_tokens)
+
+
+def test_the_test_tokenizer_is_what_these_tests_take_it_for():
+    tokenizer = letter_tokenizer()
+    assert tokenizer(PROMPTS[1])["input_ids"] == [2, 3, 4]
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == tokenizer(END_OF_TEXT)["input_ids"][0] == 0
