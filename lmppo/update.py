@@ -213,8 +213,9 @@ def take_step(
     Raises:
         NonFiniteError: Names the parameter whose gradient is not finite; nothing was changed.
     """
-    norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
-    if not (np.isfinite(norm) and all(np.isfinite(value) for value in stats.values())):
+    accelerator.unscale_gradients()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if not (norm.isfinite() and all(np.isfinite(value) for value in stats.values())):
         culprit = next(
             (name for name, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()),
             "none: the loss itself",
@@ -223,8 +224,9 @@ def take_step(
             f"Iteration {iteration}: the loss or its gradient is not finite (first parameter: {culprit}; "
             f"losses: {stats}). The step was not taken. Lower learning_rate, or look at the rewards of this batch."
         )
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
     optimizer.step()
-    return norm
+    return norm.item()
 
 
 def _check_first_ratio(stats: dict[str, float], tolerance: float) -> None:

@@ -2,20 +2,27 @@
 
 import re
 from random import Random
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+from reward_models.reviews import load_reviews
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+")
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, cut after ``.``, ``!`` or ``?`` and the white space behind it."""
+    """The sentences of a text, cut at the white space after ``.``, ``!`` or ``?`` and a closing quote or bracket."""
     return [sentence for sentence in SENTENCE_END.split(text) if sentence]
 
 
 def cut_passages(text: str, rng: Random, *, min_words: int, max_words: int) -> list[str]:
     """The text as consecutive passages, each begun at a sentence.
 
-    A passage takes whole sentences until it has a number of words drawn from ``min_words`` to ``max_words``; a
-    sentence that would go beyond ``max_words`` is cut there. A last passage shorter than ``min_words`` is dropped.
+    A passage takes whole sentences until it has a number of words drawn from ``min_words`` to ``max_words``; what goes
+    beyond ``max_words`` is cut off. A last passage shorter than ``min_words`` is dropped.
     """
     passages: list[str] = []
     words: list[str] = []
@@ -31,5 +38,31 @@ def cut_passages(text: str, rng: Random, *, min_words: int, max_words: int) -> l
 
 
 def plain_spelling(text: str) -> str:
-    """The text as Rotten Tomatoes sentences are spelled: lower case, punctuation standing alone."""
+    """The text spelled as Rotten Tomatoes sentences are: lower case, punctuation standing alone."""
     return re.sub(r"\s+", " ", re.sub(r"(\.{3}|[.,!?;:()\"]|--)", r" \1 ", text.lower())).strip()
+
+
+def labeled_passages(split: str, source: str, *, seed: int, min_words: int = 10, max_words: int = 45) -> "Dataset":
+    """All passages of one split's reviews, shuffled, each with its review's label.
+
+    Args:
+        split: A split of :func:`reward_models.reviews.load_reviews`.
+        source: ``"imdb"`` or ``"rotten_tomatoes"``; the latter's sentences are passages as they are.
+        seed: Decides the lengths and the order.
+        min_words: Fewest words of a passage.
+        max_words: Most words of a passage.
+
+    Returns:
+        A dataset with the columns ``text``, ``label``, ``held_out`` (True for every tenth review, by its hash) and
+        ``source``.
+    """
+    from datasets import Dataset
+
+    rng = Random(seed)
+    reviews = load_reviews(split, source)
+    rows = []
+    for text, label in zip(reviews["text"], reviews["label"], strict=True):
+        held_out = crc32(text.encode()) % 10 == 0
+        pieces = cut_passages(text, rng, min_words=min_words, max_words=max_words) if source == "imdb" else [text]
+        rows += [{"text": piece, "label": label, "held_out": held_out, "source": source} for piece in pieces]
+    return Dataset.from_list(rows).shuffle(seed=seed)
