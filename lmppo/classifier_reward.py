@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OUTPUTS = ("logit", "log_odds", "probability")
+OTHER_NAMES = "(Pass a function itself; a name such as 'lexicon' becomes one by reward_models.load.)"
 
 
 class ClassifierReward:
@@ -128,13 +129,12 @@ class ClassifierReward:
 
     def _allowed_length(self, max_length: int | None) -> int | None:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limits = [n for n in (positions, self.tokenizer.model_max_length) if n is not None and 0 < n < 10**9]
+        told = self.tokenizer.model_max_length  # 1e30 where nobody has said
+        limit = min((n for n in (positions, told) if n is not None and 0 < n < 10**9), default=None)
         if max_length is None:
-            return min(limits, default=None)
-        if not 0 < max_length <= min(limits, default=max_length):
-            raise ValueError(
-                f"max_length={max_length} must be from 1 to {min(limits)}, the most {self.__name__} allows."
-            )
+            return limit
+        if max_length < 1 or (limit is not None and max_length > limit):
+            raise ValueError(f"max_length={max_length} must be from 1 to {limit}, the most {self.__name__} allows.")
         return max_length
 
     def _check_vocabulary(self) -> None:
@@ -156,10 +156,10 @@ def _load_classifier(name: str) -> "PreTrainedModel":
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"the classifier {name!r} cannot be loaded: it is no directory here, and the Hub (offline?) did not give "
-            f"its safetensors weights. {str(error).splitlines()[0]}"
+            f"the classifier {name!r} cannot be loaded, neither as a directory nor from the Hub, with safetensors "
+            f"weights: {str(error).splitlines()[0]} {OTHER_NAMES}"
         ) from error
-    if info["missing_keys"]:
+    if info["missing_keys"] and not getattr(model, "_hf_peft_config_loaded", False):  # an adapter may hold the head
         raise ValueError(
             f"{name!r} has no trained classification head (missing: {', '.join(sorted(info['missing_keys']))}), so it "
             "would score at random. Train one on it: python -m reward_models.train_classifier, or trl's RewardTrainer."
@@ -176,10 +176,9 @@ def _check_place(name: str) -> None:
                 f"{name!r} holds pickled weights only (*.bin), which can run code when they are loaded: save the model "
                 "again with save_pretrained, which writes safetensors."
             )
-    elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ValueError(
-            f"the reward {name!r} is not a model directory (nor owner/name of one on the Hub). Give a directory, or "
-            "pass the function itself; names such as 'lexicon' are loaded by reward_models.load(name)."
+            f"the reward {name!r} is not a model directory, nor the id of a model on the Hub. {OTHER_NAMES}"
         )
 
 
@@ -203,7 +202,9 @@ def _label_index(config: Any, output: str, label: str | int | None, name: str) -
                 "output='log_odds' (or 'probability') of the last one."
             )
         return len(names) - 1
-    matches = [i for i, known in enumerate(names) if str(label).casefold() in (known.casefold(), str(i))]
+    wanted = str(label).casefold()
+    matches = [i for i, known in enumerate(names) if known.casefold() == wanted]
+    matches = matches or [i for i in range(len(names)) if str(i) == wanted]
     if not matches:
         raise ValueError(f"label={label!r} is not a label of {name}: choose one of {', '.join(names)}.")
     return matches[0]

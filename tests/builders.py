@@ -1,5 +1,6 @@
 """Runs small enough to train within a test: twelve tokens, tiny models, prompts and completions of many lengths."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2ForTokenClassification, LlamaConfig, LlamaForTokenClassification
 
 from lmppo import PPOConfig, PPOTrainer
+from lmppo.checkpoint import optimizer_tensors
 from lmppo.experience import Experience
 from lmppo.models import ActorCritic, load_policy
 from lmppo.prompts import pad_left
@@ -100,6 +102,11 @@ def build_model(family, kind):
     return with_values(ActorCritic(policy, critic_of(family) if kind == "separate" else None))
 
 
+def build_policy_arguments(kind):
+    """The trainer's arguments for a shared trunk, a critic of its own, or an adapter."""
+    return {"shared": {}, "separate": {"critic": critic_of()}, "lora": {"peft_config": lora()}}[kind]
+
+
 def encode(*prompts):
     """Left-padded ids and mask of texts, or of lists of token ids."""
     tokenizer = letter_tokenizer()
@@ -159,10 +166,15 @@ def row_alone(model, prompt, completion):
 
 def metrics_rows(output_dir):
     """The rows of metrics.jsonl, without what depends on the clock."""
-    import json
-
     rows = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("time/") and k != "tokens_per_second"} for row in rows]
+
+
+def optimizer_state(trainer):
+    """AdamW's state, copied."""
+    return {
+        name: tensor.clone() for name, tensor in optimizer_tensors(trainer.actor_critic, trainer.optimizer).items()
+    }
 
 
 def weights(trainer):

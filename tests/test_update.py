@@ -379,9 +379,9 @@ def test_in_the_warm_up_the_critic_learns_its_targets(kind):
     losses = [
         update(model, experience, iteration=i, optimizer=optimizer, critic_warmup_steps=99, value_clip_range=None,
                learning_rate=0.05, max_grad_norm=100.0)["value_loss"]
-        for i in range(30)
+        for i in range(12)
     ]  # fmt: skip
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 # --- broken numbers stop the run before the step ---------------------------------------------------------------------
@@ -478,5 +478,5 @@ def test_the_whole_log_ratio_is_watched_not_its_mean():
     model, experience = setting()
     old = experience.old_logprobs.clone()
     old[-1, 0] += 1e-4
-    with pytest.raises(StepZeroError, match=r"up to 1\.0\de-04"):
+    with pytest.raises(StepZeroError, match=r"up to (1\.00e-04|9\.99e-05) nats"):
         update(model, dataclasses.replace(experience, old_logprobs=old), tolerance=2e-5, minibatch_size=12)

@@ -1,0 +1,112 @@
+"""The documentation says what the code does: tables against the code, examples run, links that lead somewhere."""
+
+import dataclasses
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "reward_models").glob("*.md")])
+
+
+def tables(path: Path, header: str) -> list[list[str]]:
+    """The cells of every row of the tables whose header row starts with ``header``."""
+    rows, inside = [], False
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if not line.startswith("|"):
+            inside = False
+        elif cells[0].startswith(header):
+            inside = True
+        elif inside and not set(line) <= set("|- "):
+            rows.append(cells)
+    return rows
+
+
+def quoted(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+def test_every_metric_is_explained_once():
+    from lmppo.metrics import METRICS
+
+    rows = tables(DOCS / "metrics.md", "name")
+    assert sorted(name for row in rows for name in quoted(row[0])) == sorted(METRICS)
+    for name, formula, unit, healthy, _ in rows:
+        assert formula and unit and healthy, name
+
+
+def test_old_metric_names_lead_to_new_ones():
+    from lmppo.config import PPOConfig
+    from lmppo.metrics import METRICS
+
+    known = {*METRICS, *(f.name for f in dataclasses.fields(PPOConfig))}
+    rows = [row for header in ("trl 0.11", "trl 1.12", "OpenAI") for row in tables(DOCS / "metrics.md", header)]
+    assert len(rows) > 40
+    for old, new, difference in rows:
+        assert new == "none" or set(quoted(new)) <= set(METRICS), old
+        assert quoted(old) and (new != "none" or difference or "var" in old or "len" in old), old
+        assert set(quoted(difference)) <= {*known, "num_mini_batches", "completions.jsonl"}, old
+
+
+def test_every_setting_is_explained_with_its_true_default():
+    from lmppo.config import PPOConfig
+
+    rows = tables(DOCS / "configuration.md", "setting")
+    defaults = {name: yaml.safe_load(default.strip("`")) for (name,), default in ((quoted(r[0]), r[1]) for r in rows)}
+    defaults = {name: None if value == "none" else value for name, value in defaults.items()}
+    real = PPOConfig().to_dict()
+    assert list(defaults) == list(real), "the same settings, in the order of PPOConfig"
+    for name, value in real.items():
+        written = float(defaults[name]) if isinstance(value, float) else defaults[name]  # YAML reads 1e-5 as text
+        assert written == value and type(written) is type(value), name
+    for name, _, why, source in rows:
+        assert why and source, name
+
+
+def test_the_settings_that_may_change_on_resume_are_listed():
+    from lmppo.run_dir import FREE_SETTINGS
+
+    text = (DOCS / "configuration.md").read_text().partition("## Settings that may change on resume")[2]
+    listed = text.partition("accepts them:")[2].partition("Any other change")[0]
+    assert set(quoted(listed)) == FREE_SETTINGS
+
+
+def test_the_reward_examples_run(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "rewards.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 8
+    (tmp_path / "rewards.py").write_text("\n".join(blocks))
+    runpy.run_path(str(tmp_path / "rewards.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_files_named_in_commands_exist(page):
+    """A command that a reader may copy names only files that are there."""
+    for block in re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for name in re.findall(r"(?<![\w/.])((?:recipes|benchmarks|tests|reward_models)/[\w/.-]*\w)", block):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_tree_of_the_architecture_page_is_the_tree():
+    text = (DOCS / "architecture.md").read_text().partition("## The tree")[2].partition("```\n")[2].partition("```")[0]
+    package = text.partition("lmppo/\n")[2].partition("\nreward_models/")[0]
+    named = set(re.findall(r"([a-z_]+)\.py", package)) | ({"functional"} if "functional/" in package else set())
+    modules = {p.stem for p in (ROOT / "lmppo").rglob("*.py") if not p.stem.startswith("_")} | {"functional"}
+    assert named == modules

@@ -1,0 +1,225 @@
+"""The rollout: sampled, measured under the reference, scored as trl's reward functions are, and gathered."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import (
+    MODELS,
+    PROMPTS,
+    alone,
+    build_model,
+    gpt2,
+    make_samples,
+    make_trainer,
+    row_alone,
+)
+from fakes import letter_tokenizer
+from test_prompts import CHAT_TEMPLATE
+
+from lmppo.experience import trim
+from lmppo.models import ActorCritic, Reference
+from lmppo.rollout import decode_completions, local_rows, score_samples
+
+ROUNDING = {"atol": 5e-6, "rtol": 1e-5}  # float32, other matrix shapes
+
+
+def collect(trainer, iteration=0):
+    size = trainer.args.rollout_batch_size // trainer.args.num_generations
+    return trainer.rollout(trainer.prompts.next_batch(size, trainer.args.num_generations), iteration)
+
+
+# --- log-probabilities of samples ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.6, "top_k": 4}], ids=str)
+@pytest.mark.parametrize("family", MODELS)
+def test_reference_logprobs_are_those_of_the_row_alone_on_the_same_support(family, sampling):
+    samples = make_samples(build_model(family, "shared"), **sampling)
+    other = ActorCritic(MODELS[family](seed=6))
+    temperature = sampling.get("temperature", 1.0)
+    logprobs = score_samples(Reference(other.policy).logits, samples, temperature, 4)
+    for row in range(len(PROMPTS)):
+        completion = alone(samples.completion_ids, samples.completion_mask, row)
+        logits, _ = row_alone(other, alone(samples.prompt_ids, samples.prompt_mask, row), completion)
+        z = (logits / temperature).masked_fill(~samples.support[row, : len(completion)], -torch.inf)
+        expected = z.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
+        torch.testing.assert_close(alone(logprobs, samples.completion_mask, row), expected, **ROUNDING)
+    assert logprobs[~samples.completion_mask].eq(0).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_the_number_of_rows_per_forward_pass_changes_nothing(size):
+    samples = make_samples(build_model("gpt2", "shared"))
+    reference = Reference(gpt2(seed=6))
+    torch.testing.assert_close(
+        score_samples(reference.logits, samples, 1.0, size), score_samples(reference.logits, samples, 1.0, 6), **ROUNDING
+    )
+
+
+def test_trimming_before_the_forward_pass_changes_nothing():
+    samples = make_samples(build_model("gpt2", "shared"), n_time=20)
+    reference = Reference(gpt2(seed=6))
+    narrow = trim(samples)
+    width = narrow.completion_ids.shape[1]
+    torch.testing.assert_close(
+        score_samples(reference.logits, samples, 1.0, 6)[:, :width],
+        score_samples(reference.logits, narrow, 1.0, 6),
+        **ROUNDING,
+    )
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_p": 0.7}], ids=str)
+def test_kl_to_the_reference_is_zero_before_any_update(tmp_path, family, settings):
+    rollout = collect(make_trainer(tmp_path, model=MODELS[family](), rollout_batch_size=12, **settings)).rollout
+    assert rollout.completion_mask.sum(1).unique().numel() > 1
+    assert rollout.kl_to_ref.abs().max() < 2e-5
+
+
+def test_kl_to_a_given_reference_is_the_log_ratio(tmp_path):
+    trainer = make_trainer(tmp_path, ref_model=gpt2(seed=6))
+    rollout = collect(trainer).rollout
+    expected = rollout.logprobs - score_samples(trainer.reference.logits, rollout, 1.0, 3)
+    torch.testing.assert_close(rollout.kl_to_ref, expected, **ROUNDING)
+    assert rollout.kl_to_ref.abs().max() > 0.1
+
+
+def test_scores_stand_on_the_last_token_of_each_completion(tmp_path):
+    """Finished, cut and one-token completions alike; EOS is the last token of a finished one, and counts."""
+    calls = []
+
+    def reward(prompts, completions, completion_ids, **kwargs):
+        calls.extend(completion_ids)
+        return [float(i + 1) for i in range(len(prompts))]
+
+    trainer = make_trainer(tmp_path, reward=reward, rollout_batch_size=24, minibatch_size=12)
+    scored = collect(trainer)
+    rollout = scored.rollout
+    lengths = rollout.completion_lengths.tolist()
+    assert 1 in lengths and 8 in lengths and len(set(lengths)) > 2
+    assert rollout.ended.any() and not rollout.ended.all()
+    for row, length in enumerate(lengths):
+        expected = torch.zeros(8)
+        expected[length - 1] = row + 1
+        assert rollout.scores[row, :, 0].equal(expected)
+        last = rollout.completion_ids[row, length - 1].item()
+        assert bool(rollout.ended[row]) == (last == 0)
+        assert calls[row] == rollout.completion_ids[row, :length].tolist(), "EOS is among the ids a function sees"
+        assert "<|endoftext|>" not in scored.completions[row]
+    assert scored.per_function[:, 0].tolist() == [float(i + 1) for i in range(24)]
+
+
+def test_dense_rewards_stand_on_their_tokens(tmp_path):
+    def per_token(prompts, completions, completion_ids, **kwargs):
+        return [[0.5 * token for token in ids] for ids in completion_ids]
+
+    rollout = collect(make_trainer(tmp_path, reward=per_token)).rollout
+    expected = torch.where(rollout.completion_mask, 0.5 * rollout.completion_ids, 0.0)
+    assert rollout.scores[..., 0].equal(expected)
+
+
+def test_columns_and_generations_reach_the_reward_functions(tmp_path):
+    calls = []
+
+    def reward(prompts, completions, completion_ids, label, note, trainer_state, **kwargs):
+        calls.append((prompts, label, note, trainer_state.global_step))
+        return [float(x) for x in label]
+
+    data = [{"prompt": p, "label": i, "note": f"n{i}"} for i, p in enumerate(PROMPTS[:4])]
+    trainer = make_trainer(tmp_path, reward=reward, dataset=data, num_generations=2, shuffle_dataset=False)
+    scored = collect(trainer)
+    (prompts, labels, notes, step), = calls
+    assert prompts == [p for p in PROMPTS[:4] for _ in range(2)] == scored.prompts
+    assert labels == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert notes == [f"n{i}" for i in labels]
+    assert step == 0
+    assert scored.rollout.completion_ids[0::2].ne(scored.rollout.completion_ids[1::2]).any(), "each has its own noise"
+
+
+def test_chat_completions_are_messages(tmp_path):
+    calls = []
+
+    def reward(prompts, completions, **kwargs):
+        calls.extend(zip(prompts, completions, strict=True))
+        return [1.0] * len(prompts)
+
+    data = [{"prompt": [{"role": "user", "content": p}]} for p in PROMPTS]
+    tokenizer = letter_tokenizer(chat_template=CHAT_TEMPLATE)
+    scored = collect(make_trainer(tmp_path, reward=reward, dataset=data, tokenizer=tokenizer))
+    for (prompt, completion), text in zip(calls, scored.completions, strict=True):
+        assert prompt[0]["role"] == "user"
+        assert completion == [{"role": "assistant", "content": text}]
+
+
+def test_prompts_of_token_ids_reach_the_reward_functions_as_text(tmp_path):
+    calls = []
+
+    def reward(prompts, completions, **kwargs):
+        calls.extend(prompts)
+        return [1.0] * len(prompts)
+
+    collect(make_trainer(tmp_path, reward=reward, dataset=[{"prompt": [1, 2]}, {"prompt": [11]}]))
+    assert set(calls) == {"ab", "k"}
+
+
+def test_what_functions_log_is_kept(tmp_path):
+    def reward(prompts, completions, log_extra, log_metric, **kwargs):
+        log_extra("length", [len(c) for c in completions])
+        log_metric("longest", max(map(len, completions)))
+        return [1.0] * len(prompts)
+
+    scored = collect(make_trainer(tmp_path, reward=reward))
+    assert scored.extras == {"length": [len(c) for c in scored.completions]}
+    assert scored.metrics == {"longest": max(map(len, scored.completions))}
+
+
+def test_functions_are_added_with_their_weights(tmp_path):
+    def one(prompts, completions, **kwargs):
+        return [1.0] * len(prompts)
+
+    def sometimes(prompts, completions, **kwargs):
+        return [10.0 if i % 2 else None for i in range(len(prompts))]
+
+    scored = collect(make_trainer(tmp_path, reward=[one, sometimes], reward_weights=[2.0, 0.5]))
+    assert scored.rollout.scores.sum(dim=(1, 2)).tolist() == [2.0, 7.0] * 4
+    assert scored.per_function.isnan().tolist() == [[False, True], [False, False]] * 4
+
+
+def test_the_same_iteration_samples_the_same_and_another_does_not(tmp_path):
+    trainer = make_trainer(tmp_path)
+    batch = trainer.prompts.next_batch(8)
+    first, again, other = (trainer.rollout(batch, i).rollout.completion_ids for i in (0, 0, 1))
+    assert first.equal(again) and not first.equal(other)
+    assert not first.equal(trainer.rollout(batch, 0, purpose=1).rollout.completion_ids), "evaluation has its own noise"
+
+
+def test_nothing_in_the_record_carries_a_gradient(tmp_path):
+    rollout = collect(make_trainer(tmp_path)).rollout
+    assert not any(getattr(rollout, f.name).requires_grad for f in dataclasses.fields(rollout))
+
+
+def test_completions_are_decoded_from_counted_tokens_only():
+    ids, mask = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]]), torch.tensor([[True, True, False, False], [True] * 4])
+    assert decode_completions(letter_tokenizer(), ids, mask) == ["ab", "defg"]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_processes_share_the_rows_without_gap_or_overlap(processes):
+    shares = [local_rows(12, SimpleNamespace(num_processes=processes, process_index=i)) for i in range(processes)]
+    assert [row for share in shares for row in share] == list(range(12))
+
+
+def test_trainer_state_counts_the_steps(tmp_path):
+    steps = []
+
+    def reward(prompts, completions, trainer_state, **kwargs):
+        steps.append(trainer_state.global_step)
+        return [1.0] * len(prompts)
+
+    make_trainer(tmp_path, reward=reward, max_steps=3).train()
+    assert steps == [0, 1, 2]
