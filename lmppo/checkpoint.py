@@ -120,6 +120,9 @@ def _load_adapter(policy: Any, directory: Path) -> None:
 
 def _load_into(module: PreTrainedModel, directory: Path) -> None:
     """Copy saved weights into a model of the same class, through transformers (which may rename what it saves)."""
+    family = json.loads((directory / "config.json").read_text())["model_type"]
+    if family != module.config.model_type:
+        raise CheckpointError(f"{directory} does not fit this model: it is a {family}, not a {module.config.model_type}.")
     saved = load_weights(type(module), str(directory)).state_dict()
     _check_fit(module.state_dict(), saved, directory)
     module.load_state_dict(saved)

@@ -226,8 +226,9 @@ class Reference:
 def load_critic(critic: "str | PreTrainedModel", policy: nn.Module, n_streams: int = 1) -> PreTrainedModel:
     """A critic of its own: a token-classification model with one label per stream.
 
-    A name may also be that of a sequence-classification (reward) model: its trunk is taken, and its one-label head too.
-    A language model's trunk gets a new head, which starts at zero.
+    A name may also be that of a sequence-classification (reward) model: its value of a prefix is then, at first, the
+    reward it would give that prefix (one label: the logit; two: the log-odds of the second). A language model's trunk
+    gets a new head, which starts at zero.
 
     Raises:
         OSError: The critic cannot be loaded.
@@ -259,8 +260,9 @@ def _load_critic_weights(name: str, n_streams: int) -> PreTrainedModel:
         nn.init.zeros_(head.bias)
     if "ForSequenceClassification" in architectures[0]:
         scorer = load_weights(AutoModelForSequenceClassification, name)
-        if scorer.config.num_labels == n_streams and hasattr(scorer, "score"):
-            head.weight.data.copy_(scorer.score.weight.data)
+        if n_streams == 1 and scorer.config.num_labels <= 2 and hasattr(scorer, "score"):
+            weight = scorer.score.weight.data
+            head.weight.data.copy_(weight[-1:] - weight[:1] if len(weight) == 2 else weight)
     return critic
 
 

@@ -264,11 +264,11 @@ def _copied(value: Any) -> Any:
 
 @contextmanager
 def _own_randomness(step: int) -> Iterator[None]:
-    """Random states of their own for reward functions, other ones at every step; the caller's come back after."""
+    """Random states of their own for reward functions, from torch's seed and the step; the caller's come back after."""
     python, numpys = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
-            seed = (random.getrandbits(32) + step) % 2**32
+            seed = (torch.initial_seed() + step) % 2**32
             random.seed(seed)
             numpy.random.seed(seed)
             torch.manual_seed(seed)

@@ -50,6 +50,9 @@ def _classifier(rest: str, spec: str) -> RewardFn:
     unknown = set(options) - {"output", "label"}
     if not model or unknown:
         raise ValueError(f"the reward {spec!r} must read classifier:<path or id>[?output=...&label=...].")
+    shipped = Path(__file__).parent / model
+    if not Path(model).exists() and (shipped / "config.json").exists():
+        model = str(shipped)
     return ClassifierReward(model, output=options.get("output", "log_odds"), label=options.get("label"))
 
 
@@ -79,12 +82,9 @@ def _module_of_file(path: Path, spec: str) -> ModuleType:
 
 def _function(module: ModuleType, name: str, spec: str) -> Any:
     if not hasattr(module, name):
-        known = sorted(
-            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__
-        )
-        raise ValueError(
-            f"the reward {spec!r} names no function there: {name!r} is not among {', '.join(known) or '(none)'}."
-        )
+        known = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
+        public = ", ".join(sorted(n for n in known if not n.startswith("_"))) or "(none)"
+        raise ValueError(f"the reward {spec!r} names no function there: {name!r} is not among {public}.")
     function = getattr(module, name)
     if not callable(function):
         raise TypeError(f"the reward {spec!r} is a {type(function).__name__}, not a function.")

@@ -1,5 +1,6 @@
 """The model card of a sentiment classifier, written from its report."""
 
+from pathlib import Path
 from typing import Any
 
 CARD = """---
@@ -17,7 +18,7 @@ POSITIVE. It is meant as a reward for language models of its size, not as a judg
 
 ```python
 from lmppo.rewards import ClassifierReward
-reward = ClassifierReward("{directory}", output="log_odds")   # or plain AutoModelForSequenceClassification
+reward = ClassifierReward("path/to/{name}", output="log_odds")   # or plain AutoModelForSequenceClassification
 ```
 
 ## Held-out numbers
@@ -32,7 +33,7 @@ everything the classifier learned from.
 
 ## How it was made
 
-    python -m reward_models.train_classifier {flags}
+    python -m reward_models.train_classifier --config recipes/configs/sentiment_classifier.yaml
 
 Trained for {train_minutes} minutes on {threads} CPU threads on {train_texts} texts: passages of {min_words} to
 {max_words} words of IMDb reviews, each labeled as its review, a share of {plain_share} of them spelled in lower case
@@ -47,16 +48,16 @@ held out of training, and is folded into the head's weights (W / T). Weights are
 COLUMNS = ("accuracy", "auc", "ece", "nll")
 
 
-def sentiment_card(report: dict[str, Any], **details: Any) -> str:
+def sentiment_card(report: dict[str, Any], directory: str) -> str:
     """The model card as Markdown.
 
     Args:
         report: What :mod:`reward_models.train_classifier` measured.
-        details: ``name``, ``directory`` and ``flags``.
+        directory: Where the classifier stands; its last part is the card's title.
     """
     lines = ["| texts | model | accuracy | AUC | ECE | NLL |", "|---|---|---|---|---|---|"]
     for name, measured in report["evaluation"].items():
         for model, numbers in measured["models"].items():
             cells = " | ".join(f"{numbers[column]:.3f}" for column in COLUMNS)
             lines.append(f"| {measured['texts']} {name} | {model} | {cells} |")
-    return CARD.format(table="\n".join(lines), **report, **details)
+    return CARD.format(table="\n".join(lines), name=Path(directory).name, **report)

@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         "evaluation": evaluate(args.output_dir, temperature, texts, args.seed),
     }
     Path(args.output_dir, "classifier_report.json").write_text(json.dumps(summary, indent=2) + "\n")
-    Path(args.output_dir, "README.md").write_text(sentiment_card(summary))
+    Path(args.output_dir, "README.md").write_text(sentiment_card(summary, args.output_dir))
     print(json.dumps(summary, indent=2))
 
 

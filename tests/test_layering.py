@@ -1,4 +1,4 @@
-"""The shape of the code: imports point downward, rooms stay small, and some things are not done at all."""
+"""The shape of the code: imports point downward, and rooms stay small enough to be read at once."""
 
 import ast
 import functools
@@ -61,12 +61,6 @@ def test_every_module_has_its_layer():
 def test_imports_point_downward(path):
     upward = {name for name in imported(path) if (m := module_of(name)) and ORDER.index(m) >= ORDER.index(path.stem)}
     assert not upward, f"{path.stem} imports {sorted(upward)}, which stands above it"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "lmppo" / "functional").glob("*.py")), ids=label)
-def test_the_math_knows_nothing_of_the_rest(path):
-    outside = {n for n in imported(path) if n.startswith("lmppo") and not n.startswith("lmppo.functional")}
-    assert not outside
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "lmppo").rglob("*.py")), ids=label)
@@ -162,43 +156,3 @@ def test_the_measures_measure():
 
 def test_there_is_no_utils_file():
     assert not [p for p in SOURCES if p.stem in ("utils", "util", "helpers", "common", "misc")]
-
-
-FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}
-FORBIDDEN_CALLS = {
-    "eval", "exec", "compile", "torch.load", "torch.save", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load",
-    "os.system", "os.popen",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=label)
-def test_nothing_that_is_loaded_can_run_code(path):
-    assert not {n.split(".")[0] for n in imported(path)} & FORBIDDEN_MODULES
-    for node in ast.walk(tree_of(path)):
-        if not isinstance(node, ast.Call):
-            continue
-        where = f"{label(path)}:{node.lineno}"
-        assert ast.unparse(node.func) not in FORBIDDEN_CALLS, f"{where}: {ast.unparse(node.func)}"
-        for keyword in node.keywords:
-            risky = keyword.arg in ("shell", "trust_remote_code") and not is_false(keyword.value)
-            assert not risky, f"{where}: {keyword.arg}"
-            assert keyword.arg != "use_safetensors" or ast.unparse(keyword.value) == "True", where
-
-
-def is_false(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and node.value is False
-
-
-def test_every_setting_is_read_somewhere():
-    from dataclasses import fields
-
-    from lmppo.config import PPOConfig
-
-    read = {
-        node.attr
-        for path in SOURCES
-        for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in ("args", "config")
-    }
-    dead = {f.name for f in fields(PPOConfig)} - read
-    assert not dead, f"PPOConfig fields that nothing reads: {sorted(dead)}"

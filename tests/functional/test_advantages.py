@@ -22,8 +22,7 @@ from lmppo.functional import (
     total_return,
 )
 
-# ---------------------------------------------------------------------------------------------------------------------
-# By hand: one completion of three tokens. gamma = 1/2, lam = 1/2, rewards 1, 2, 4, values 6, 10, 3.
+# --- By hand: one completion of three tokens. gamma = 1/2, lam = 1/2, rewards 1, 2, 4, values 6, 10, 3.
 
 REWARDS = tensor([[1.0, 2.0, 4.0]])
 VALUES = tensor([[6.0, 10.0, 3.0]])
@@ -98,8 +97,7 @@ def test_defaults():
     assert torch.equal(gae(REWARDS, VALUES, ALL)[0], gae(REWARDS, VALUES, ALL, bootstrap_values=ended)[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From the definitions
+# --- From the definitions
 
 
 def slow_rewards_to_go(rewards, gamma, after):
@@ -162,8 +160,7 @@ def test_everything_equals_its_definition(batch, gamma, lam, after):
         assert expected["gae"] == pytest.approx(slow_gae_as_an_average(r, v, gamma, lam, after[row]), abs=1e-10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Identities
+# --- Identities
 
 episodes = pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])
 
@@ -235,8 +232,7 @@ def test_a_score_at_the_end_reaches_earlier_tokens_through_lam():
     assert on_the_pad[0, :4].tolist() == [1.0, 2.0, 4.0, 8.0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Properties
+# --- Properties
 
 
 @modest
@@ -322,8 +318,7 @@ def test_nothing_counted(shape):
         assert torch.equal(result, torch.zeros(shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Explained variance
+# --- Explained variance
 
 
 def test_explained_variance_by_hand():
@@ -365,8 +360,7 @@ def test_explained_variance_is_always_finite():
     assert explained_variance(values, torch.tensor([[0.0, math.nan, 1.0]]), mask).isnan()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors
+# --- Errors
 
 
 def test_bad_arguments():

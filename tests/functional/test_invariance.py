@@ -121,6 +121,8 @@ def test_masked_positions_never_matter(name):
             assert torch.equal(before, after), garbage
             if before.shape == mask.shape:
                 assert not after[~mask].any(), garbage
+    if clean[0].shape == mask.shape:
+        assert not clean[0][~mask].signbit().any()  # 0, and not -0
 
 
 @per_token

@@ -1,0 +1,575 @@
+"""The trainer: wrong arguments are refused before anything is sampled; every setting does something; callbacks work."""
+
+import json
+import math
+
+import datasets
+import pytest
+import torch
+from builders import (
+    PROMPTS,
+    VOCAB,
+    assert_same,
+    build_policy_arguments,
+    count_a,
+    gpt2,
+    lora,
+    make_config,
+    make_trainer,
+    metrics_rows,
+    weights,
+)
+from fakes import letter_tokenizer, tiny_tokenizer
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+
+from lmppo import PPOTrainer
+from lmppo.checkpoint import list_checkpoints
+from lmppo.estimators import estimate, shape_rewards
+from lmppo.experience import Experience
+from lmppo.rewards import RewardError
+from lmppo.rollout import collect_rollout
+from lmppo.sampling import NonFiniteError
+from lmppo.update import StepZeroError, ppo_update
+
+KINDS = ["shared", "separate", "lora"]
+
+
+def trained(output_dir, **settings):
+    trainer = make_trainer(output_dir, **settings)
+    trainer.train()
+    return trainer
+
+
+# --- wrong arguments -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, error, complaint",
+    [
+        ({"train_dataset": None}, ValueError, "train_dataset is missing"),
+        ({"args": {"max_steps": 3}}, TypeError, r"args is a dict; expected a lmppo.PPOConfig"),
+        ({"train_dataset": []}, ValueError, "data set is empty"),
+        ({"train_dataset": [{"text": "a"}]}, ValueError, r"Row 0 .*no `prompt`"),
+        ({"eval_dataset": [{"prompt": ""}]}, ValueError, "Row 0.*no tokens"),
+        ({"processing_class": tiny_tokenizer()}, ValueError, r"257 tokens and the model's embedding 12 rows.*resize"),
+        ({"processing_class": None}, OSError, "No tokenizer could be loaded.*pass processing_class"),
+        ({"reward_funcs": []}, ValueError, "reward_funcs is empty"),
+        ({"model": "no/such-model"}, OSError, "Could not load a model from 'no/such-model'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_wrong_arguments_are_refused_before_anything_is_written(tmp_path, arguments, error, complaint):
+    good = {
+        "model": gpt2(), "reward_funcs": count_a, "args": make_config(tmp_path / "run"),
+        "train_dataset": [{"prompt": "a"}], "processing_class": letter_tokenizer(),
+    }  # fmt: skip
+    with pytest.raises(error, match=complaint):
+        PPOTrainer(**(good | arguments))
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_steps_need_an_eval_dataset(tmp_path):
+    with pytest.raises(ValueError, match="eval_steps=2 needs an eval_dataset"):
+        make_trainer(tmp_path, eval_steps=2)
+    with pytest.raises(ValueError, match="needs an eval_dataset"):
+        make_trainer(tmp_path).evaluate()
+
+
+def test_one_weight_for_each_reward_function(tmp_path):
+    with pytest.raises(ValueError, match="reward_weights has 2 entries for 1"):
+        make_trainer(tmp_path, reward_weights=[1.0, 2.0])
+
+
+def test_a_policy_that_cannot_learn_is_refused(tmp_path):
+    """PeftModel.from_pretrained freezes its adapter unless told; the reference freezes the model it is given."""
+    get_peft_model(gpt2(), lora()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"no trainable parameters.*is_trainable=True"):
+        make_trainer(tmp_path, model=PeftModel.from_pretrained(gpt2(), tmp_path / "adapter"))
+    policy = gpt2()
+    with pytest.raises(ValueError, match=r"no trainable parameters.*reference as a model of its own"):
+        make_trainer(tmp_path, model=policy, ref_model=policy)
+
+
+def test_more_processes_than_accelerate_sees_are_refused(tmp_path, monkeypatch):
+    """`accelerate launch --cpu --num_processes 2` starts lonely twins that overwrite each other."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"started 2 processes, but accelerate sees 1.*ACCELERATE_USE_CPU=true"):
+        make_trainer(tmp_path)
+
+
+# --- tokenizers without special tokens (F51) -------------------------------------------------------------------------
+
+
+def test_a_tokenizer_without_pad_or_eos_and_a_model_without_eos(tmp_path):
+    """Nothing ends a completion then: all are full, none has ended, nothing breaks."""
+    tokenizer = letter_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = tokenizer.bos_token = None
+    model = gpt2()
+    model.generation_config.eos_token_id = None
+    row = trained(tmp_path, model=model, tokenizer=tokenizer).state.log_history[-1]
+    assert row["eos_rate"] == 0 and row["completion_length/min"] == 8
+
+
+@pytest.mark.parametrize("of_model, of_tokenizer, expected", [(0, True, (0,)), ([0, 3], True, (0, 3)), (None, True, (0,)),
+                                                              (5, False, (5,)), (None, False, ())])  # fmt: skip
+def test_where_completions_end(tmp_path, of_model, of_tokenizer, expected):
+    model, tokenizer = gpt2(), letter_tokenizer()
+    model.generation_config.eos_token_id = of_model
+    if not of_tokenizer:
+        tokenizer.eos_token = None
+    assert make_trainer(tmp_path, model=model, tokenizer=tokenizer).params.eos_token_ids == expected
+
+
+# --- any data --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_a_data_set_smaller_than_the_batch_trains(tmp_path, size):
+    trainer = trained(tmp_path, dataset=[{"prompt": p} for p in PROMPTS[:size]])
+    assert trainer.state.epoch == 16 / size
+
+
+def test_a_streaming_data_set_trains(tmp_path):
+    data = datasets.Dataset.from_list([{"prompt": p, "label": 1.0} for p in PROMPTS]).to_iterable_dataset()
+    trainer = trained(tmp_path, dataset=data, reward=lambda prompts, completions, label, **kwargs: label)
+    assert [row["reward"] for row in trainer.state.log_history] == [1.0, 1.0]
+    assert "epoch" not in trainer.state.log_history[0]
+
+
+def test_rewards_that_are_all_equal_give_finite_updates(tmp_path):
+    def constant(prompts, completions, **kwargs):
+        return [1.0] * len(prompts)
+
+    trainer = trained(tmp_path, reward=constant, kl_coef=0.0)
+    assert all(math.isfinite(value) for row in trainer.state.log_history for value in row.values())
+
+
+# --- every setting does something ------------------------------------------------------------------------------------
+
+BASE = {"max_steps": 2, "ppo_epochs": 2, "kl_coef": 0.1, "learning_rate": 0.02, "max_grad_norm": 0.3}
+TURNS = {
+    "seed": 43,
+    "rollout_batch_size": 12,
+    "num_generations": 2,
+    "max_completion_length": 6,
+    "temperature": 0.8,
+    "top_k": 5,
+    "top_p": 0.7,
+    "min_p": 0.2,
+    "shuffle_dataset": False,
+    "reward_weights": [0.5],
+    "kl_coef": 0.5,
+    "kl_target": 0.01,
+    "estimator": "rewards_to_go",
+    "gamma": 0.8,
+    "lam": 0.5,
+    "whiten_advantages": False,
+    "ppo_epochs": 3,
+    "minibatch_size": 8,
+    "clip_range": 0.01,
+    "clip_range_high": 0.01,
+    "value_clip_range": 0.001,
+    "vf_coef": 0.9,
+    "ent_coef": 0.1,
+    "target_kl": 1e-4,
+    "critic_warmup_steps": 1,
+    "learning_rate": 0.01,
+    "critic_learning_rate": 0.05,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 1,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.9,
+    "adam_epsilon": 0.1,
+    "max_grad_norm": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return weights(trained(tmp_path_factory.mktemp("base"), **BASE))
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_every_setting_that_should_change_what_is_learned_does(tmp_path, base, name):
+    other = weights(trained(tmp_path, **(BASE | {name: TURNS[name]})))
+    assert any(not torch.equal(base[n], other[n]) for n in base)
+
+
+@pytest.mark.parametrize("name, start, other", [("kl_horizon", {"kl_target": 0.01}, 20),
+                                                ("critic_warmup_epochs", {"critic_warmup_steps": 1}, 3)])  # fmt: skip
+def test_settings_that_need_another_one_do_something_with_it(tmp_path, name, start, other):
+    runs = [weights(trained(tmp_path / str(i), **(BASE | start | s))) for i, s in enumerate(({}, {name: other}))]
+    assert any(not torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"logging_steps": 2}, {"save_steps": 1}, {"save_steps": 1, "save_total_limit": 2}, {"log_completions": 2},
+     {"report_to": ["tensorboard"]}, {"report_to": ["none"]}, {"run_name": "x"}, {"disable_tqdm": False}, {}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_shown_and_saved_changes_nothing_that_is_learned(tmp_path, base, settings):
+    """And two runs of the same settings are the same run, to the last bit."""
+    assert_same(weights(trained(tmp_path, **(BASE | settings))), base)
+
+
+def test_evaluating_changes_nothing_that_is_learned(tmp_path, base):
+    trainer = trained(tmp_path, **BASE, eval_steps=1, eval_dataset=["kj", "c"])
+    assert_same(weights(trainer), base)
+
+
+def test_a_reward_function_that_seeds_everything_changes_nothing(tmp_path, base):
+    def seeding(prompts, completions, **kwargs):
+        torch.manual_seed(0)
+        return count_a(prompts, completions)
+
+    assert_same(weights(trained(tmp_path, **BASE, reward=seeding)), base)
+
+
+def test_micro_batches_change_the_weights_by_rounding_alone(tmp_path, base):
+    """Adam divides by the gradient's size, so the rounding error of a tiny gradient is not tiny: eps 0.1 here."""
+    runs = [
+        weights(trained(tmp_path / str(n), **(BASE | {"adam_epsilon": 0.1, "micro_batch_size": n}))) for n in (1, 3, 8)
+    ]
+    for run in runs[1:]:
+        for name, tensor in run.items():
+            torch.testing.assert_close(tensor, runs[0][name], atol=1e-5, rtol=1e-5)
+
+
+# --- step zero -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_before_the_first_step_ratio_is_one_and_kl_is_zero(tmp_path, kind):
+    row = trained(tmp_path, **build_policy_arguments(kind), max_steps=1, ppo_epochs=1, minibatch_size=8).state.log_history[0]
+    assert abs(row["kl_to_ref"]) < 1e-4, "the sum over up to 8 tokens"
+    assert abs(row["approx_kl"]) < 1e-7 and row["clip_frac"] == 0
+    assert row["first_ratio_error"] < 2e-5
+
+
+def test_train_mode_of_the_users_makes_no_difference(tmp_path, base):
+    model = gpt2().train()
+    trainer = make_trainer(tmp_path, model=model, **BASE)
+    trainer.model.train()
+    trainer.train()
+    assert_same(weights(trainer), base)
+
+
+def test_dropout_switched_on_behind_the_trainers_back_is_noticed(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for module in trainer.actor_critic.modules():
+        module.training = True
+    before = weights(trainer)
+    with pytest.raises(StepZeroError, match="though they are the same weights"):
+        trainer.train()
+    assert_same(weights(trainer), before)
+    assert not list_checkpoints(tmp_path)
+
+
+def test_dropout_that_starts_during_the_critics_warm_up_is_noticed_at_the_policys_first_step(tmp_path):
+    class Disturb(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                model.register_forward_hook(self.jitter)
+
+        def jitter(self, module, arguments, output):
+            if module.training is False and output.logits.requires_grad:
+                output.logits = output.logits + 0.01 * torch.randn(output.logits.shape)
+
+    with pytest.raises(StepZeroError, match="so the ratio does not start at 1"):
+        trained(tmp_path, critic_warmup_steps=2, max_steps=4, callbacks=[Disturb()])
+
+
+def test_an_adapter_that_was_trained_before_may_differ_from_the_reference(tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(gpt2(), lora())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    row = trained(tmp_path / "a", model=model).state.log_history[0]
+    assert abs(row["kl_to_ref"]) > 1e-3
+    row = trained(tmp_path / "b", ref_model=gpt2(seed=6)).state.log_history[0]
+    assert abs(row["kl_to_ref"]) > 1e-2
+
+
+def test_the_tolerance_is_a_setting(tmp_path):
+    with pytest.raises(StepZeroError):
+        trained(tmp_path / "a", step_zero_tolerance=1e-12)
+    trained(tmp_path / "b", step_zero_tolerance=1e-4)
+
+
+# --- broken numbers --------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_that_breaks_stops_the_run_and_is_never_saved(tmp_path):
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                with torch.no_grad():
+                    model.transformer.h[0].attn.c_attn.weight[0, 0] = math.nan
+
+    with pytest.raises(NonFiniteError, match="not finite"):
+        trained(tmp_path, max_steps=5, save_steps=1, callbacks=[Break()])
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000001", "step-000002"]
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_broken_reference_stops_the_run_before_the_step(tmp_path):
+    reference = gpt2(seed=6)
+    with torch.no_grad():
+        reference.transformer.ln_f.bias[0] = math.nan
+    trainer = make_trainer(tmp_path, ref_model=reference)
+    before = weights(trainer)
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    assert_same(weights(trainer), before)
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf])
+def test_a_broken_reward_stops_the_run_before_the_step(tmp_path, reward):
+    trainer = make_trainer(tmp_path, reward=lambda prompts, **kwargs: [reward] * len(prompts))
+    before = weights(trainer)
+    with pytest.raises(ValueError, match=r"row 0.*NaN, infinite"):
+        trainer.train()
+    assert_same(weights(trainer), before)
+
+
+def test_a_reward_function_that_raises_names_itself_and_the_step(tmp_path):
+    def flaky(prompts, completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 1:
+            raise KeyError("label")
+        return [1.0] * len(prompts)
+
+    with pytest.raises(RewardError, match=r"'flaky' raised KeyError at step 1"):
+        trained(tmp_path, reward=flaky)
+
+
+# --- callbacks -------------------------------------------------------------------------------------------------------
+
+
+class Recorder(TrainerCallback):
+    """Every event, with the step it was fired at."""
+
+    def __init__(self):
+        self.events = []
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def record(args, state, control, **kwargs):
+            assert kwargs["model"] is not None and kwargs["optimizer"] is not None
+            assert kwargs["processing_class"] is not None
+            self.events.append((name.removeprefix("on_"), state.global_step))
+            self.last = kwargs
+
+        return record
+
+
+def test_callbacks_are_fired_in_order(tmp_path):
+    recorder = Recorder()
+    trained(tmp_path, callbacks=[recorder], eval_steps=2, eval_dataset=["a"], save_steps=2, max_steps=3)
+    assert recorder.events == [
+        ("train_begin", 0),
+        ("step_begin", 0), ("log", 1), ("step_end", 1),
+        ("step_begin", 1), ("evaluate", 2), ("log", 2), ("step_end", 2), ("save", 2),
+        ("step_begin", 2), ("log", 3), ("step_end", 3),
+        ("save", 3),
+        ("train_end", 3),
+    ]  # fmt: skip
+
+
+def test_callbacks_see_what_is_logged(tmp_path):
+    class Keep(TrainerCallback):
+        rows = []
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.rows.append(dict(logs))
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            assert all(name.startswith("eval_") for name in metrics)
+
+    trainer = trained(tmp_path, callbacks=[Keep()], eval_steps=1, eval_dataset=["a"], max_steps=3, logging_steps=2)
+    assert [row["step"] for row in Keep.rows] == [2, 3], "every second one, and the last"
+    assert len(metrics_rows(tmp_path)) == 3, "the file has them all"
+    assert Keep.rows[0] == trainer.state.log_history[1]
+    assert "eval_reward" in Keep.rows[0]
+
+
+def test_a_callback_can_stop_the_training(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+            return control
+
+    trainer = trained(tmp_path, callbacks=[Stop()], max_steps=9)
+    assert trainer.state.global_step == 2
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000002"]
+    assert (tmp_path / "final" / "model.safetensors").exists()
+
+
+def test_a_callback_can_ask_for_one_checkpoint_and_gets_one(tmp_path):
+    class Save(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                control.should_save = True
+
+    trained(tmp_path, callbacks=[Save()], max_steps=5)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000002", "step-000005"]
+
+
+# --- evaluation, tables, trackers ------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_the_same_at_every_call_and_follows_the_policy(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=[{"prompt": p} for p in ("kj", "c", "defg")], eval_steps=1)
+    before = trainer.evaluate()
+    assert trainer.evaluate() == before
+    assert {"eval_reward", "eval_kl_to_ref", "eval_completion_length", "eval_eos_rate", "eval_distinct_2"} <= set(before)
+    trainer.train()
+    after = trainer.evaluate()
+    assert after != before
+    assert {name: trainer.state.log_history[-1][name] for name in after} == after
+
+
+def test_evaluation_uses_the_eval_data_in_order_and_its_columns(tmp_path):
+    calls = []
+
+    def reward(prompts, completions, label, **kwargs):
+        calls.append((prompts, label))
+        return [float(x) for x in label]
+
+    data = [{"prompt": p, "label": i} for i, p in enumerate(("kj", "c", "defg"))]
+    trainer = make_trainer(tmp_path, reward=reward, dataset=[{"prompt": "a", "label": 9}], eval_dataset=data,
+                           eval_completions=4)  # fmt: skip
+    assert trainer.evaluate()["eval_reward"] == pytest.approx((0 + 1 + 2 + 0) / 4)
+    assert calls == [(["kj", "c", "defg", "kj"], [0, 1, 2, 0])]
+
+
+def test_completions_are_shown_and_kept(tmp_path, capsys):
+    def reward(prompts, completions, log_extra, **kwargs):
+        log_extra("twice", [len(c) * 2 for c in completions])
+        return count_a(prompts, completions)
+
+    trained(tmp_path, reward=reward, log_completions=2, logging_steps=2, max_steps=3)
+    rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 2, 3, 3]
+    for row in rows:
+        assert row["reward"] == row["completion"].count("a")
+        assert row["twice"] == 2 * len(row["completion"])
+        assert row["prompt"] in PROMPTS and "kl" in row
+    output = capsys.readouterr().out
+    assert "Step 2" in output and "Step 3" in output and "Step 1" not in output
+
+
+def test_trackers_get_every_logged_row(tmp_path):
+    trained(tmp_path, report_to=["tensorboard"], run_name="mine", max_steps=3)
+    folders = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+    scalars = {}
+    for folder in folders:
+        events = EventAccumulator(str(folder)).Reload()
+        scalars |= {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    rows = metrics_rows(tmp_path)
+    for name in ("reward", "kl_to_ref", "approx_kl", "explained_variance"):
+        steps, values = zip(*scalars[name], strict=True)
+        assert steps == (1, 2, 3)
+        assert values == pytest.approx([row[name] for row in rows], rel=1e-6)
+
+
+def test_metrics_are_those_of_the_run(tmp_path):
+    trainer = trained(tmp_path, max_steps=3, lr_scheduler_type="linear", critic_learning_rate=0.1)
+    rows = metrics_rows(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
+    assert [row["critic_learning_rate"] for row in rows] == pytest.approx([0.1, 0.2 / 3, 0.1 / 3])
+    assert rows[-1]["num_tokens"] == sum(round(row["completion_length"] * 8) for row in rows) == trainer.num_tokens
+    assert [row["epoch"] for row in rows] == pytest.approx([8 / 6, 16 / 6, 24 / 6])
+    assert [row["optimizer_steps"] for row in rows] == [4, 4, 4]
+
+
+# --- the stages by hand ----------------------------------------------------------------------------------------------
+
+
+def test_the_loop_can_be_written_by_hand(tmp_path):
+    """The lines of the documentation, against the trainer's own step."""
+    reference = trained(tmp_path / "a")
+    trainer = make_trainer(tmp_path / "b")
+    for iteration in range(2):
+        prompts = trainer.prompts.next_batch(8)
+        scored = collect_rollout(
+            trainer.model, trainer.reference, trainer.rewards, prompts, trainer.args,
+            tokenizer=trainer.processing_class, params=trainer.params, accelerator=trainer.accelerator,
+            iteration=iteration, trainer_state=trainer.state,
+        )  # fmt: skip
+        rewards = shape_rewards(scored.rollout, kl_coef=trainer.kl_control.coef)
+        advantages, returns = estimate(scored.rollout, rewards, trainer.args)
+        experience = Experience.from_rollout(scored.rollout, advantages, returns)
+        ppo_update(
+            trainer.model, trainer.optimizer, experience, trainer.args, trainer.accelerator, iteration=iteration
+        )
+    assert_same(weights(trainer), weights(reference))
+
+
+def test_one_step_can_be_taken_without_train(tmp_path):
+    reference = trained(tmp_path / "a")
+    trainer = make_trainer(tmp_path / "b")
+    rows = [trainer.step(i) for i in range(2)]
+    assert_same(weights(trainer), weights(reference))
+    assert [row["step"] for row in metrics_rows(tmp_path / "b")] == [1, 2]
+    assert rows[0]["reward"] == reference.state.log_history[0]["reward"]
+
+
+def test_two_trainers_in_one_process_do_not_disturb_each_other(tmp_path, base):
+    first, second = make_trainer(tmp_path / "a", **BASE), make_trainer(tmp_path / "b", **BASE)
+    for i in range(2):
+        first.step(i)
+        second.step(i)
+    assert_same(weights(first), base)
+    assert_same(weights(second), base)
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_precision():
+    """accelerate keeps the precision of the first Accelerator of a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_autocast_keeps_float32_weights_and_a_ratio_of_one(tmp_path, other_precision, kind):
+    trainer = trained(tmp_path, **build_policy_arguments(kind), bf16=True, max_steps=3)
+    assert {tensor.dtype for tensor in weights(trainer).values()} == {torch.float32}
+    row = trainer.state.log_history[0]
+    assert row["first_ratio_error"] < 2e-2
+    assert all(math.isfinite(value) for row in trainer.state.log_history for value in row.values())
+
+
+def test_half_precision_checkpoints_are_trained_in_float32(tmp_path):
+    gpt2().bfloat16().save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
+    trainer = PPOTrainer(str(tmp_path / "model"), count_a, make_config(tmp_path / "run"), [{"prompt": "a"}])
+    trainer.train()
+    assert trainer.processing_class("ab")["input_ids"] == [1, 2]
+    assert {p.dtype for p in trainer.actor_critic.parameters()} == {torch.float32}
+    assert trainer.state.log_history[0]["first_ratio_error"] < 2e-5
+    assert (tmp_path / "run" / "run_config.yaml").read_text().count(str(tmp_path / "model")) == 1
+
+
+def test_the_vocabulary_may_be_larger_than_the_tokenizer(tmp_path):
+    """Embeddings are often padded to a multiple of 64; their extra tokens are sampled and scored like others."""
+    from fakes import tiny_gpt2
+
+    trainer = trained(tmp_path, model=tiny_gpt2(VOCAB + 20))
+    assert trainer.state.global_step == 2
