@@ -122,7 +122,9 @@ def _load_into(module: PreTrainedModel, directory: Path) -> None:
     """Copy saved weights into a model of the same class, through transformers (which may rename what it saves)."""
     family = json.loads((directory / "config.json").read_text())["model_type"]
     if family != module.config.model_type:
-        raise CheckpointError(f"{directory} does not fit this model: it is a {family}, not a {module.config.model_type}.")
+        raise CheckpointError(
+            f"{directory} does not fit this model: it is a {family}, not a {module.config.model_type}."
+        )
     saved = load_weights(type(module), str(directory)).state_dict()
     _check_fit(module.state_dict(), saved, directory)
     module.load_state_dict(saved)
@@ -185,10 +187,10 @@ def verify_checkpoint(directory: Path) -> None:
         found = _hashes(directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{directory} cannot be read: {error}") from error
-    for name, expected in files.items():
+    for name in sorted({"optimizer.safetensors", "state.json", *files}):
         if name not in found:
             raise CheckpointError(f"{directory}: {name} is missing.")
-        if found[name] != expected:
+        if found[name] != files.get(name):
             raise CheckpointError(f"{directory}: {name} is not the file that was saved (its size or SHA-256 differs).")
 
 

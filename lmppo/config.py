@@ -67,7 +67,8 @@ class PPOConfig:
     )
     use_cpu: bool = _knob(False, "Stay on the CPU even if an accelerator is there.")
     cpu_threads: int | None = _knob(
-        None, "Threads of each process on a CPU; 0: share out all cores (default: as launched; accelerate launch says 1)."
+        None,
+        "Threads of each process on a CPU; 0: share out all cores (default: as launched; accelerate launch says 1).",
     )
     bf16: bool = _knob(False, "Run the forward passes under bfloat16 autocast (weights stay float32).")
 

@@ -21,8 +21,7 @@ from lmppo.functional import (
     clipped_policy_loss,
     clipped_value_loss,
     masked_mean,
-    token_entropy,
-    token_logprobs,
+    token_logprobs_and_entropy,
     token_mean_loss,
 )
 from lmppo.sampling import NonFiniteError
@@ -152,15 +151,17 @@ def ppo_loss(
     if values_only:
         return token_mean_loss(value_loss, mask, token_count=token_count), sums
 
-    logprobs = token_logprobs(logits, micro.completion_ids, temperature=config.temperature, support=micro.support)
+    logprobs, entropy = token_logprobs_and_entropy(
+        logits, micro.completion_ids, temperature=config.temperature, support=micro.support
+    )
     policy_loss = clipped_policy_loss(
         logprobs, micro.old_logprobs, micro.advantages, mask,
         clip_range=config.clip_range, clip_range_high=config.clip_range_high,
     )  # fmt: skip
-    with torch.set_grad_enabled(torch.is_grad_enabled() and config.ent_coef > 0):
-        entropy = token_entropy(logits, temperature=config.temperature, support=micro.support)
     entropy = torch.where(mask, entropy, 0.0)
-    per_token = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
+    per_token = policy_loss + config.vf_coef * value_loss
+    if config.ent_coef > 0:
+        per_token = per_token - config.ent_coef * entropy
     sums |= {"policy_loss": policy_loss.detach().sum(), "entropy": entropy.detach().sum()}
     sums |= _ratio_sums(logprobs.detach(), micro, config)
     return token_mean_loss(per_token, mask, token_count=token_count), sums

@@ -172,9 +172,7 @@ def metrics_rows(output_dir):
 
 def optimizer_state(trainer):
     """AdamW's state, copied."""
-    return {
-        name: tensor.clone() for name, tensor in optimizer_tensors(trainer.actor_critic, trainer.optimizer).items()
-    }
+    return {name: tensor.clone() for name, tensor in optimizer_tensors(trainer.actor_critic, trainer.optimizer).items()}
 
 
 def weights(trainer):

@@ -101,9 +101,7 @@ def test_everything_comes_back_to_the_last_bit(trained, tmp_path):
     kind, trainer = trained
     fresh = train(tmp_path, kind, seed=9, max_steps=1)
     assert any(not torch.equal(a, b) for a, b in zip(weights(fresh).values(), weights(trainer).values(), strict=True))
-    state = load_checkpoint(
-        checkpoint_dir(trainer.args.output_dir, 2), fresh.actor_critic, fresh.optimizer.optimizer
-    )
+    state = load_checkpoint(checkpoint_dir(trainer.args.output_dir, 2), fresh.actor_critic, fresh.optimizer.optimizer)
     assert_same(weights(fresh), weights(trainer))
     assert_same(optimizer_state(fresh), optimizer_state(trainer))
     assert len(optimizer_state(fresh)) == 3 * sum(p.requires_grad for p in fresh.actor_critic.parameters())

@@ -23,6 +23,7 @@ BAD = {
     "rollout_batch_size": (*COUNT, 50),  # no multiple of minibatch_size=16
     "num_generations": (*COUNT, 7),  # no divisor of rollout_batch_size=64
     "max_completion_length": COUNT,
+    "cpu_threads": (-1,),
     "temperature": POSITIVE,
     "top_k": (-1,),
     "top_p": (0.0, 1.01, NAN),
@@ -84,7 +85,8 @@ def test_a_value_of_the_wrong_kind_is_refused_with_its_name(name):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"learning_rate": "1e-5"}, {"max_steps": 10.0}, {"seed": True}, {"report_to": "wandb"}, {"gamma": None}]
+    "settings",
+    [{"learning_rate": "1e-5"}, {"max_steps": 10.0}, {"seed": True}, {"report_to": "wandb"}, {"gamma": None}],
 )
 def test_text_is_no_number_and_a_bool_is_no_count(settings):
     with pytest.raises(TypeError, match=next(iter(settings))):
@@ -96,7 +98,9 @@ def test_whole_numbers_are_fractions_too():
 
 
 def test_a_misspelled_choice_gets_a_suggestion():
-    with pytest.raises(ValueError, match=r"estimator='rewards_togo' is not one of gae, .*Did you mean 'rewards_to_go'\?"):
+    with pytest.raises(
+        ValueError, match=r"estimator='rewards_togo' is not one of gae, .*Did you mean 'rewards_to_go'\?"
+    ):
         PPOConfig(estimator="rewards_togo")
 
 

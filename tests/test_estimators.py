@@ -81,9 +81,7 @@ def test_two_streams_are_two_estimates_that_share_the_policy():
     advantages, returns = estimate(rollout, rewards, config("gae"))
     parts = []
     for k in range(2):
-        one = dataclasses.replace(
-            rollout, values=rollout.values[..., k : k + 1], scores=rollout.scores[..., k : k + 1]
-        )
+        one = dataclasses.replace(rollout, values=rollout.values[..., k : k + 1], scores=rollout.scores[..., k : k + 1])
         parts.append(estimate(one, rewards[..., k : k + 1], config("gae")))
     torch.testing.assert_close(advantages, parts[0][0] + parts[1][0])
     torch.testing.assert_close(returns, torch.cat([parts[0][1], parts[1][1]], dim=-1))

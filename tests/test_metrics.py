@@ -28,9 +28,7 @@ def rollout():
     rollout = make_rollout(prompt=("11", "01", "11"), completion=("1110", "1000", "1100"))
     scores = torch.tensor([[0, 0, 3.0, 0], [1.0, 0, 0, 0], [0.5, -1.0, 0, 0]])[..., None]
     ids = torch.tensor([[5, 6, 5, 9], [5, 9, 9, 9], [5, 6, 9, 9]])
-    return dataclasses.replace(
-        rollout, scores=scores, completion_ids=ids, ended=torch.tensor([False, True, True])
-    )
+    return dataclasses.replace(rollout, scores=scores, completion_ids=ids, ended=torch.tensor([False, True, True]))
 
 
 def test_rollout_metrics_by_hand(rollout):

@@ -73,9 +73,7 @@ def test_each_row_gets_the_numbers_it_gets_alone(family, kind):
     samples = make_samples(model)
     assert samples.completion_mask.sum(1).unique().numel() > 1, "the test needs completions of several lengths"
     with torch.no_grad():
-        logits, values = model(
-            samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask
-        )
+        logits, values = model(samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask)
     for row in range(len(PROMPTS)):
         prompt = alone(samples.prompt_ids, samples.prompt_mask, row)
         completion = alone(samples.completion_ids, samples.completion_mask, row)

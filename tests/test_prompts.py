@@ -143,7 +143,9 @@ def test_an_empty_data_set_is_refused(empty):
         stream(empty)
 
 
-@pytest.mark.parametrize("rows", [Restartable([]), datasets.Dataset.from_list(letters(3)).to_iterable_dataset().skip(3)])
+@pytest.mark.parametrize(
+    "rows", [Restartable([]), datasets.Dataset.from_list(letters(3)).to_iterable_dataset().skip(3)]
+)
 def test_an_empty_stream_is_refused_when_it_is_read(rows):
     with pytest.raises(ValueError, match="no row after row 0: it is empty"):
         stream(rows).next_batch(1)

@@ -54,7 +54,9 @@ def test_the_number_of_rows_per_forward_pass_changes_nothing(size):
     samples = make_samples(build_model("gpt2", "shared"))
     reference = Reference(gpt2(seed=6))
     torch.testing.assert_close(
-        score_samples(reference.logits, samples, 1.0, size), score_samples(reference.logits, samples, 1.0, 6), **ROUNDING
+        score_samples(reference.logits, samples, 1.0, size),
+        score_samples(reference.logits, samples, 1.0, 6),
+        **ROUNDING,
     )
 
 
@@ -133,7 +135,7 @@ def test_columns_and_generations_reach_the_reward_functions(tmp_path):
     data = [{"prompt": p, "label": i, "note": f"n{i}"} for i, p in enumerate(PROMPTS[:4])]
     trainer = make_trainer(tmp_path, reward=reward, dataset=data, num_generations=2, shuffle_dataset=False)
     scored = collect(trainer)
-    (prompts, labels, notes, step), = calls
+    ((prompts, labels, notes, step),) = calls
     assert prompts == [p for p in PROMPTS[:4] for _ in range(2)] == scored.prompts
     assert labels == [0, 0, 1, 1, 2, 2, 3, 3]
     assert notes == [f"n{i}" for i in labels]

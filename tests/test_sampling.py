@@ -89,7 +89,9 @@ def test_logprobs_are_those_generate_gives_the_same_tokens(family, temperature):
 # --- equal to teacher forcing ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, *TRUNCATIONS, {"temperature": 1.4, "top_p": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.7}, *TRUNCATIONS, {"temperature": 1.4, "top_p": 0.7}], ids=str
+)
 @pytest.mark.parametrize("kind", ["shared", "separate"])
 @pytest.mark.parametrize("family", MODELS)
 def test_logprobs_and_values_are_those_of_the_whole_sequence_alone(family, kind, settings):
@@ -411,6 +413,4 @@ def test_truncated_logprobs_are_those_of_the_truncated_distribution():
         [token_logprobs(logits, torch.full((len(PROMPTS),), v), support=first) for v in range(VOCAB)], dim=1
     )
     torch.testing.assert_close(every.exp().sum(1), torch.ones(len(PROMPTS)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        samples.logprobs[:, 0], every.gather(1, samples.completion_ids[:, :1])[:, 0], **ROUNDING
-    )
+    torch.testing.assert_close(samples.logprobs[:, 0], every.gather(1, samples.completion_ids[:, :1])[:, 0], **ROUNDING)

@@ -245,7 +245,9 @@ def test_micro_batches_change_the_weights_by_rounding_alone(tmp_path, base):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_before_the_first_step_ratio_is_one_and_kl_is_zero(tmp_path, kind):
-    row = trained(tmp_path, **build_policy_arguments(kind), max_steps=1, ppo_epochs=1, minibatch_size=8).state.log_history[0]
+    row = trained(
+        tmp_path, **build_policy_arguments(kind), max_steps=1, ppo_epochs=1, minibatch_size=8
+    ).state.log_history[0]
     assert abs(row["kl_to_ref"]) < 1e-4, "the sum over up to 8 tokens"
     assert abs(row["approx_kl"]) < 1e-7 and row["clip_frac"] == 0
     assert row["first_ratio_error"] < 2e-5
@@ -431,7 +433,9 @@ def test_evaluation_is_the_same_at_every_call_and_follows_the_policy(tmp_path):
     trainer = make_trainer(tmp_path, eval_dataset=[{"prompt": p} for p in ("kj", "c", "defg")], eval_steps=1)
     before = trainer.evaluate()
     assert trainer.evaluate() == before
-    assert {"eval_reward", "eval_kl_to_ref", "eval_completion_length", "eval_eos_rate", "eval_distinct_2"} <= set(before)
+    assert {"eval_reward", "eval_kl_to_ref", "eval_completion_length", "eval_eos_rate", "eval_distinct_2"} <= set(
+        before
+    )
     trainer.train()
     after = trainer.evaluate()
     assert after != before
@@ -510,9 +514,7 @@ def test_the_loop_can_be_written_by_hand(tmp_path):
         rewards = shape_rewards(scored.rollout, kl_coef=trainer.kl_control.coef)
         advantages, returns = estimate(scored.rollout, rewards, trainer.args)
         experience = Experience.from_rollout(scored.rollout, advantages, returns)
-        ppo_update(
-            trainer.model, trainer.optimizer, experience, trainer.args, trainer.accelerator, iteration=iteration
-        )
+        ppo_update(trainer.model, trainer.optimizer, experience, trainer.args, trainer.accelerator, iteration=iteration)
     assert_same(weights(trainer), weights(reference))
 
 

@@ -140,7 +140,11 @@ def update_by_definition(model, experience, settings, iteration):
     steps = []
     for epoch in range(settings.ppo_epochs):
         for rows in minibatch_rows(
-            len(experience.completion_mask), settings.minibatch_size, seed=settings.seed, iteration=iteration, epoch=epoch
+            len(experience.completion_mask),
+            settings.minibatch_size,
+            seed=settings.seed,
+            iteration=iteration,
+            epoch=epoch,
         ):
             seen = []
             optimizer.zero_grad()
@@ -455,13 +459,14 @@ def scale_weights(model):
         model.policy.transformer.ln_f.weight.mul_(1.01)
 
 
-
 @pytest.mark.parametrize("disturb", [force_dropout, scale_weights])
 def test_a_model_that_is_not_the_one_that_sampled_is_noticed(disturb):
     model, experience = setting()
     disturb(model)
     before = state_of(model)
-    with pytest.raises(StepZeroError, match=r"(?s)differ from the rollout's by up to .* nats.*dropout.*step_zero_tolerance"):
+    with pytest.raises(
+        StepZeroError, match=r"(?s)differ from the rollout's by up to .* nats.*dropout.*step_zero_tolerance"
+    ):
         update(model, experience, tolerance=2e-5)
     assert_same(state_of(model), before)
 

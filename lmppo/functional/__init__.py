@@ -27,6 +27,7 @@ from lmppo.functional.kl import (
 from lmppo.functional.logprobs import (
     token_entropy,
     token_logprobs,
+    token_logprobs_and_entropy,
 )
 from lmppo.functional.losses import (
     approx_kl,
@@ -69,6 +70,7 @@ __all__ = [
     "td_residuals",
     "token_entropy",
     "token_logprobs",
+    "token_logprobs_and_entropy",
     "token_mean_loss",
     "total_return",
 ]

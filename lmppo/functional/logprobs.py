@@ -31,14 +31,7 @@ def token_logprobs(
         ValueError: Shapes do not fit, a token is outside [0, V), the temperature is not positive, or a position has an
             empty support.
     """
-    check_float("token_logprobs", logits=logits)
-    check_dtype("token_logprobs", torch.int64, tokens=tokens)
-    check_shape("token_logprobs", logits.shape[:-1], "that of logits without its last axis", tokens=tokens)
-    if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < logits.shape[-1]:
-        raise ValueError(
-            f"token_logprobs: tokens must be in [0, {logits.shape[-1]}), the vocabulary of logits, got values from "
-            f"{tokens.min()} to {tokens.max()}; put any valid token where the mask is False"
-        )
+    _check_tokens("token_logprobs", logits, tokens)
     logprobs = log_distribution("token_logprobs", logits, temperature=temperature, support=support)
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
@@ -63,20 +56,58 @@ def token_entropy(logits: Tensor, *, temperature: float = 1.0, support: Tensor |
         ValueError: Shapes do not fit, the temperature is not positive, or a position has an empty support.
     """
     check_float("token_entropy", logits=logits)
-    logprobs = log_distribution("token_entropy", logits, temperature=temperature, support=support)
-    possible = logprobs > -torch.inf
-    return -(logprobs.exp() * torch.where(possible, logprobs, 0.0)).sum(dim=-1)
+    return _entropy(log_distribution("token_entropy", logits, temperature=temperature, support=support))
+
+
+def token_logprobs_and_entropy(
+    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, support: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`token_logprobs` and :func:`token_entropy` of the same logits, for the price of one softmax.
+
+    Args:
+        logits: (..., V) float, as in :func:`token_logprobs`.
+        tokens: (...) int64, each in [0, V).
+        temperature: Logits are divided by it.
+        support: Bool, broadcastable to ``logits``; True = the sampler could choose that token. None: all tokens.
+
+    Returns:
+        ``(logprobs, entropy)``, both (...).
+
+    Raises:
+        TypeError: A tensor has the wrong dtype.
+        ValueError: As :func:`token_logprobs`.
+    """
+    _check_tokens("token_logprobs_and_entropy", logits, tokens)
+    logprobs = log_distribution("token_logprobs_and_entropy", logits, temperature=temperature, support=support)
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), _entropy(logprobs)
 
 
 def log_distribution(function: str, logits: Tensor, *, temperature: float, support: Tensor | None) -> Tensor:
     """(..., V) log-probabilities of the sampled distribution, -inf outside the support; errors name ``function``."""
     check_positive(function, temperature=temperature)
-    scaled = widen(logits) / temperature
-    if support is None:
+    scaled = widen(logits) if temperature == 1 else widen(logits) / temperature
+    if support is not None:
+        check_dtype(function, torch.bool, support=support)
+        _check_support(function, support, logits)
+    if support is None or support.shape[-1] == 1:  # one flag for a whole vocabulary is True, or it would be empty
         return torch.log_softmax(scaled, dim=-1)
-    check_dtype(function, torch.bool, support=support)
-    _check_support(function, support, logits)
     return torch.log_softmax(torch.where(support, scaled, -torch.inf), dim=-1)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    # Below -1e4 the probability is 0 in any dtype, so the clamp changes no value; it keeps 0 * log 0 and its gradient 0.
+    return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(dim=-1)
+
+
+def _check_tokens(function: str, logits: Tensor, tokens: Tensor) -> None:
+    check_float(function, logits=logits)
+    check_dtype(function, torch.int64, tokens=tokens)
+    check_shape(function, logits.shape[:-1], "that of logits without its last axis", tokens=tokens)
+    if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < logits.shape[-1]:
+        raise ValueError(
+            f"{function}: tokens must be in [0, {logits.shape[-1]}), the vocabulary of logits, got values from "
+            f"{tokens.min()} to {tokens.max()}; put any valid token where the mask is False"
+        )
 
 
 def _check_support(function: str, support: Tensor, logits: Tensor) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ragged import modest, numbers, tensor
 
-from lmppo.functional import token_entropy, token_logprobs
+from lmppo.functional import token_entropy, token_logprobs, token_logprobs_and_entropy
 
 # exp of these is 1, 2, 5: probabilities 1/8, 2/8, 5/8.
 LOGITS = tensor([0.0, math.log(2), math.log(5)])
@@ -206,3 +206,20 @@ def test_bad_arguments():
         token_entropy(logits, support=torch.ones(3, 2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"at least one token at every position, got none at 1, the first at \(1, 2\)"):
         token_logprobs(logits, tokens, support=nothing_left)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("support", [None, torch.tensor([True]), torch.tensor([True, False, True, True])])
+def test_both_at_once_are_the_two_alone_with_their_gradients(temperature, support):
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[0, 2, 3], [3, 0, 2]])
+    kwargs = {"temperature": temperature, "support": support}
+    once, twice = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    both = token_logprobs_and_entropy(once, tokens, **kwargs)
+    alone = token_logprobs(twice, tokens, **kwargs), token_entropy(twice, **kwargs)
+    for a, b in zip(both, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    (both[0].sum() + 3 * both[1].sum()).backward()
+    (alone[0].sum() + 3 * alone[1].sum()).backward()
+    assert once.grad.isfinite().all()
+    torch.testing.assert_close(once.grad, twice.grad)

@@ -23,7 +23,16 @@ from tests.fakes import tiny_gpt2, tiny_tokenizer
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 PPO_CONFIGS = [path for path in CONFIGS if "rollout_batch_size" in yaml.safe_load(path.read_text())]
-SMALL = ["--rollout_batch_size", "8", "--minibatch_size", "4", "--eval_completions", "8", "--max_completion_length", "6"]
+SMALL = [
+    "--rollout_batch_size",
+    "8",
+    "--minibatch_size",
+    "4",
+    "--eval_completions",
+    "8",
+    "--max_completion_length",
+    "6",
+]
 SMALL += ["--save_steps", "1", "--show", "2", "--cpu_threads", "1"]
 
 
@@ -101,7 +110,9 @@ def test_two_processes_learn_the_same_as_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     launch("recipes/configs/tiny_reviews.yaml", one, "--max_steps", "2")
     both = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
-    launch("recipes/configs/tiny_reviews.yaml", two, "--max_steps", "2", launcher=both, env={"ACCELERATE_USE_CPU": "true"})
+    launch(
+        "recipes/configs/tiny_reviews.yaml", two, "--max_steps", "2", launcher=both, env={"ACCELERATE_USE_CPU": "true"}
+    )
     for a, b in zip(rows_of(one), rows_of(two), strict=True):
         for name in ("reward", "kl_to_ref", "completion_length", "value_loss", "policy_loss", "explained_variance"):
             assert a[name] == pytest.approx(b[name], abs=1e-4), name
@@ -137,7 +148,11 @@ def test_bad_input_names_the_culprit(tmp_path, flags, culprit):
     command = [sys.executable, "recipes/ppo_sentiment.py", "--config", "recipes/configs/tiny_reviews.yaml"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "run"), *flags], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "--output_dir", str(tmp_path / "run"), *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode != 0 and culprit in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,124 @@
+"""Two processes over gloo sample the same tokens, log the same numbers and end with the same weights as one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import metrics_rows, weights
+from safetensors.torch import load_file
+from worker import RUNS, build, train
+
+from lmppo.checkpoint import checkpoint_dir, verify_checkpoint
+
+HERE = Path(__file__).parent
+# Sums in another order, made larger by Adam: weights of order 0.1 after a few steps of 0.01.
+ROUNDING = {"atol": 5e-5, "rtol": 1e-4}
+
+
+def launch(folder, scenario):
+    """`accelerate launch` on two CPU processes, as the documentation has it."""
+    paths = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)
+    }  # fmt: skip
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+               str(HERE / "worker.py"), str(folder), scenario]  # fmt: skip
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same runs by one process (this one) and by two."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    finished = launch(two, "train")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for name in RUNS:
+        train(one, name)
+    return one, two
+
+
+def read(folder, name, rank):
+    return load_file(folder / f"{name}-{rank}.safetensors"), json.loads((folder / f"{name}-{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_both_processes_hold_the_same_record_and_the_same_weights(folders, name):
+    (first, first_notes), (second, second_notes) = (read(folders[1], name, rank) for rank in (0, 1))
+    assert first_notes["processes"] == second_notes["processes"] == 2
+    assert first.keys() == second.keys()
+    assert [n for n in first if not torch.equal(first[n].nan_to_num(77.0), second[n].nan_to_num(77.0))] == []
+    assert first_notes["texts"] == second_notes["texts"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_sample_and_score_what_one_does(folders, name):
+    (one, one_notes), (two, two_notes) = (read(folder, name, 0) for folder in folders)
+    assert one_notes["processes"] == 1 and one.keys() == two.keys()
+    for field in [n for n in one if n.startswith("rollout")]:
+        left, right = one[field].nan_to_num(77.0), two[field].nan_to_num(77.0)
+        if left.is_floating_point():
+            torch.testing.assert_close(right, left, **ROUNDING, msg=lambda m, field=field: f"{field}: {m}")
+        else:
+            assert right.equal(left), field
+    for ours, theirs in zip(one_notes["texts"], two_notes["texts"], strict=True):
+        for kind in ("prompts", "completions", "extras"):
+            assert ours[kind] == theirs[kind], "in the order of the global batch"
+        assert theirs["metrics"] == pytest.approx(ours["metrics"])
+    lengths = one["rollout0/completion_mask"].sum(1)
+    assert lengths[:8].sum() != lengths[8:].sum(), "the processes have different numbers of tokens"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_learn_what_one_does(folders, name):
+    (one, _), (two, _) = (read(folder, name, 0) for folder in folders)
+    start = weights(build(folders[0] / "untrained", name))
+    moved = 0.0
+    for n, tensor in start.items():
+        torch.testing.assert_close(two[f"weights/{n}"], one[f"weights/{n}"], **ROUNDING, msg=lambda m, n=n: f"{n}: {m}")
+        moved = max(moved, (one[f"weights/{n}"] - tensor).abs().max().item())
+    assert moved > 100 * ROUNDING["atol"], "the tolerance is small against what was learned"
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_log_what_one_does(folders, name):
+    ours, theirs = (metrics_rows(folder / name) for folder in folders)
+    assert [row["step"] for row in theirs] == [1, 2], "one process writes the file"
+    for left, right in zip(ours, theirs, strict=True):
+        exact = {"first_ratio_error"}  # the rounding error itself
+        assert right.keys() == left.keys()
+        assert {k: v for k, v in right.items() if k not in exact} == pytest.approx(
+            {k: v for k, v in left.items() if k not in exact}, abs=2e-4, rel=1e-3
+        )
+        assert right["first_ratio_error"] < 2e-5 if right["step"] == 1 else True
+
+
+def test_in_the_warm_up_the_policy_stays_on_two_processes_too(folders):
+    """With weight decay, which would move it."""
+    start = weights(build(folders[0] / "untrained-2", "warm-up"))
+    saved = load_file(checkpoint_dir(folders[1] / "warm-up", 1) / "policy" / "model.safetensors")
+    assert all(torch.equal(tensor, start[f"policy.{name}"]) for name, tensor in saved.items())
+
+
+def test_a_checkpoint_of_two_processes_is_resumed_by_one(folders, capsys):
+    _, two = folders
+    verify_checkpoint(checkpoint_dir(two / "shared", 1))
+    trainer = build(two / "shared", "shared")
+    trainer.train(resume_from_checkpoint=str(checkpoint_dir(two / "shared", 1)))
+    assert "not bit-identical: num_processes was 2 and is 1" in capsys.readouterr().out
+    expected, _ = read(two, "shared", 0)
+    for name, tensor in weights(trainer).items():
+        torch.testing.assert_close(tensor, expected[f"weights/{name}"], **ROUNDING)
+
+
+def test_an_error_on_one_process_ends_both_and_shows_its_cause(tmp_path):
+    finished = launch(tmp_path, "fail")
+    assert finished.returncode != 0
+    output = finished.stdout + finished.stderr
+    assert "'flaky' raised ValueError at step 1: the second process is unwell" in output
+    assert "Scoring failed on another process. process 1: reward function 'flaky' raised ValueError" in output
+    assert len(metrics_rows(tmp_path / "fail")) == 1

@@ -1,0 +1,87 @@
+"""What each process of the two-process tests runs: ``worker.py OUTPUT_DIR SCENARIO``."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from builders import PROMPTS, build_policy_arguments, count_a, make_trainer, weights
+from safetensors.torch import save_file
+
+from lmppo.trainer import PPOTrainer
+
+# One run for each way the gradients have to be brought together.
+RUNS = {
+    "shared": {},
+    "separate": {"critic_learning_rate": 2e-2},
+    "lora": {"ent_coef": 0.05, "top_p": 0.9, "learning_rate": 3e-2},
+    "warm-up": {"critic_warmup_steps": 1, "weight_decay": 0.1, "target_kl": 10.0, "kl_target": 0.05, "kl_horizon": 40},
+}
+COMMON = {
+    "max_steps": 2, "rollout_batch_size": 16, "minibatch_size": 8, "micro_batch_size": 3, "save_steps": 1,
+    "eval_steps": 2, "adam_epsilon": 1e-3, "num_generations": 2,
+}  # fmt: skip
+
+
+def note_lengths(prompts, completions, number, log_extra, log_metric, **kwargs):
+    """Applies to every second prompt; logs a column and a metric."""
+    log_extra("seen", [f"{n}:{len(c)}" for n, c in zip(number, completions, strict=True)])
+    log_metric("mean_length", sum(map(len, completions)) / len(completions))
+    return [0.1 * len(c) if n % 2 else None for n, c in zip(number, completions, strict=True)]
+
+
+def build(output_dir, name) -> PPOTrainer:
+    kind = name if name in ("separate", "lora") else "shared"
+    data = [{"prompt": p, "number": i} for i, p in enumerate(PROMPTS)]
+    settings = COMMON | build_policy_arguments(kind) | RUNS[name]
+    return make_trainer(output_dir, reward=[count_a, note_lengths], dataset=data, eval_dataset=data[:3], **settings)
+
+
+def train(root, name):
+    """Train, and write down what this process sampled, saw and ended with."""
+    trainer = build(root / name, name)
+    seen = []
+    collect = trainer.rollout
+
+    def keep(*args, **kwargs):
+        seen.append(collect(*args, **kwargs))
+        return seen[-1]
+
+    trainer.rollout = keep
+    trainer.train()
+    rank = trainer.accelerator.process_index
+    tensors = {f"weights/{n}": tensor for n, tensor in weights(trainer).items()}
+    for i, scored in enumerate(seen):
+        for field in ("prompt_ids", "completion_ids", "completion_mask", "logprobs", "ref_logprobs", "values", "scores",
+                      "ended", "support"):  # fmt: skip
+            tensors[f"rollout{i}/{field}"] = getattr(scored.rollout, field).contiguous()
+        tensors[f"rollout{i}/per_function"] = scored.per_function.contiguous()
+    save_file({n: t.clone() for n, t in tensors.items()}, root / f"{name}-{rank}.safetensors")
+    texts = [
+        {"prompts": s.prompts, "completions": s.completions, "extras": s.extras, "metrics": s.metrics} for s in seen
+    ]
+    (root / f"{name}-{rank}.json").write_text(
+        json.dumps({"texts": texts, "log": trainer.state.log_history, "processes": trainer.accelerator.num_processes})
+    )
+
+
+def fail(root):
+    """The reward function of the second process breaks at the second step."""
+
+    def flaky(prompts, completions, trainer_state, **kwargs):
+        if trainer_state.global_step == 1 and not trainer_state.is_world_process_zero:
+            raise ValueError("the second process is unwell")
+        return count_a(prompts, completions)
+
+    trainer = make_trainer(root / "fail", reward=flaky, max_steps=3)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    if sys.argv[2] == "fail":
+        fail(folder)
+    else:
+        for run in RUNS:
+            train(folder, run)
