@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--name", default="main-job")
     parser.add_argument("--flags", default="", help="further flags for the recipe")
     parser.add_argument("--prompts", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=24)
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)

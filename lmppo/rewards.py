@@ -41,7 +41,8 @@ class RewardFn(Protocol):
     ``global_step`` counts the iterations), ``log_extra(column, values)`` and ``log_metric(name, value)``.
     """
 
-    def __call__(self, *, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any) -> Any: ...
+    def __call__(self, *, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any) -> Any:
+        """Score a batch; returns one number per completion, None where it does not apply, or lists of numbers."""
 
 
 class RewardError(RuntimeError):

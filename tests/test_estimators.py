@@ -29,9 +29,9 @@ def counted(rollout, tensor, row):
 def by_definition(estimator, rewards, values):
     """(advantage, target) of each token of one completion."""
     n = len(rewards)
-    to_go = [sum(GAMMA ** (l - t) * rewards[l] for l in range(t, n)) for t in range(n)]
+    to_go = [sum(GAMMA ** (u - t) * rewards[u] for u in range(t, n)) for t in range(n)]
     deltas = [rewards[t] + (GAMMA * values[t + 1] if t + 1 < n else 0.0) - values[t] for t in range(n)]
-    gae = [sum((GAMMA * LAM) ** (l - t) * deltas[l] for l in range(t, n)) for t in range(n)]
+    gae = [sum((GAMMA * LAM) ** (u - t) * deltas[u] for u in range(t, n)) for t in range(n)]
     return {
         "gae": (gae, [g + v for g, v in zip(gae, values, strict=True)]),
         "rewards_to_go": ([r - v for r, v in zip(to_go, values, strict=True)], to_go),

@@ -178,7 +178,10 @@ def test_it_is_ppo_as_defined(family, kind, sampling, settings):
     stats = update(model, experience, iteration=3, **settings)
     expected = update_by_definition(twin, experience, config(**settings), 3)
     assert expected["clip_frac"] > 0
-    moved = max((a - b).abs().max().item() for a, b in zip(model.parameters(), build_model(family, kind).parameters()))
+    moved = max(
+        (a - b).abs().max().item()
+        for a, b in zip(model.parameters(), build_model(family, kind).parameters(), strict=True)
+    )
     assert moved > 0.02
     for (name, weight), right in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(weight, right, atol=1e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
