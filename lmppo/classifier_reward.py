@@ -66,9 +66,9 @@ class ClassifierReward:
         self.label = _label_index(self.model.config, output, label, self.__name__)
         self.batch_size = batch_size
         self.max_length = self._allowed_length(max_length)
-        self._n_embeddings = int(self.model.get_input_embeddings().weight.size(0))  # type: ignore[operator]
+        self._n_embeddings = int(self.model.get_input_embeddings().weight.size(0))
         self._check_vocabulary()
-        self.model = self.model.to(device).eval() if device is not None else self.model.eval()  # type: ignore[arg-type]
+        self.model = self.model.to(device).eval() if device is not None else self.model.eval()
 
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]] | None = None, **kwargs: Any

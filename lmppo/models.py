@@ -65,7 +65,7 @@ def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None"
         ValueError: An adapter is asked for on a model that has one, or starts from something other than the identity.
         TypeError: ``model`` is neither a name nor a model that can generate.
     """
-    policy = load_weights(AutoModelForCausalLM, model) if isinstance(model, str | Path) else model
+    policy = load_weights(AutoModelForCausalLM, str(model)) if isinstance(model, str | Path) else model
     if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
         raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
     policy = policy.float()
@@ -96,11 +96,15 @@ class ActorCritic(nn.Module):
         n_streams: Number of reward streams ``K``.
     """
 
-    def __init__(self, policy: nn.Module, critic: PreTrainedModel | None = None, n_streams: int = 1) -> None:
+    policy: Any
+    critic: Any
+    value_head: Any
+
+    def __init__(self, policy: Any, critic: PreTrainedModel | None = None, n_streams: int = 1) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
-        self.value_head: nn.Linear | None = None
+        self.value_head = None
         if critic is None:
             self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, n_streams, dtype=torch.float32)
             nn.init.zeros_(self.value_head.weight)
@@ -145,7 +149,8 @@ class ActorCritic(nn.Module):
         input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
         attention_mask = attention_mask_of(prompt_mask, completion_mask)
         n_completion = completion_ids.shape[1]
-        logits, hidden = None, None
+        logits: Any = None
+        hidden: Any = None
         if not values_only or self.critic is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not values_only):
                 logits, hidden = causal_forward(self.policy, input_ids, attention_mask, n_completion)
@@ -166,9 +171,7 @@ class ActorCritic(nn.Module):
         return values[:, -n_completion - 1 : -1].float()
 
 
-def causal_forward(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, n_completion: int
-) -> tuple[Tensor, Tensor]:
+def causal_forward(model: Any, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> tuple[Tensor, Tensor]:
     """Teacher forcing: what the model says at the ``T`` states before each completion token.
 
     Args:
@@ -184,14 +187,14 @@ def causal_forward(
     return out.logits[:, :-1], out.hidden_states[-1][:, -n_completion - 1 : -1]
 
 
-def _inputs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+def _inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
     if takes_position_ids(model):
         inputs["position_ids"] = position_ids_of(attention_mask)
     return inputs
 
 
-def takes_position_ids(model: nn.Module) -> bool:
+def takes_position_ids(model: Any) -> bool:
     """Whether the model counts positions itself unless told (all but the ALiBi models)."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "position_ids" in inspect.signature(base.forward).parameters
@@ -204,7 +207,7 @@ class Reference:
     of the policy as it is now.
     """
 
-    def __init__(self, policy: nn.Module, ref_model: nn.Module | None = None) -> None:
+    def __init__(self, policy: Any, ref_model: Any = None) -> None:
         self.adapter_off = ref_model is None and hasattr(policy, "disable_adapter")
         model = policy if self.adapter_off else ref_model if ref_model is not None else copy.deepcopy(policy)
         if not self.adapter_off:
@@ -223,7 +226,7 @@ class Reference:
             return causal_forward(self.model, input_ids, attention_mask, completion_ids.shape[1])[0]
 
 
-def load_critic(critic: "str | PreTrainedModel", policy: nn.Module, n_streams: int = 1) -> PreTrainedModel:
+def load_critic(critic: "str | PreTrainedModel", policy: Any, n_streams: int = 1) -> PreTrainedModel:
     """A critic of its own: a token-classification model with one label per stream.
 
     A name may also be that of a sequence-classification (reward) model: its value of a prefix is then, at first, the

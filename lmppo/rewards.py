@@ -115,7 +115,7 @@ class RewardSet:
         tokenizers: list[Any] = [None] * len(functions)
         if reward_processing_classes is not None:
             one = not isinstance(reward_processing_classes, list | tuple)
-            tokenizers = [reward_processing_classes] if one else list(reward_processing_classes)  # type: ignore[arg-type]
+            tokenizers = [reward_processing_classes] if one else list(reward_processing_classes)
         for setting, given in (("reward_weights", self.weights), ("reward_processing_classes", tokenizers)):
             if len(given) != len(functions):
                 raise ValueError(
@@ -205,7 +205,7 @@ class RewardSet:
 
 def _as_function(given: Any, tokenizer: Any, device: torch.device | str | None) -> Callable[..., Any]:
     if isinstance(given, str | Path | torch.nn.Module):
-        return ClassifierReward(given, tokenizer, device=device)  # type: ignore[arg-type]
+        return ClassifierReward(given, tokenizer, device=device)
     if not callable(given):
         raise TypeError(f"reward function {given!r} is a {type(given).__name__}: give a callable, a path or a model.")
     try:
@@ -332,10 +332,10 @@ def _checked_number(value: Any, where: str) -> float:
         value = value.tolist()
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: {value!r} is a {type(value).__name__}, not a number. {RIGHT_FORM}.")
-    number = float(value) if abs(value) <= LARGEST else math.nan  # type: ignore[operator]
-    if math.isnan(number):
+    number: Any = value
+    if not abs(number) <= LARGEST:  # true of NaN as well
         raise ValueError(f"{where}: the reward {value!r} is NaN, infinite or beyond float32. Rewards must be finite.")
-    return number
+    return float(number)
 
 
 def _check_totals(tokens: Tensor, totals: Tensor, completions: list) -> None:

@@ -104,8 +104,8 @@ class PPOTrainer:
             raise ValueError(f"eval_steps={self.args.eval_steps} needs an eval_dataset.")
 
         actor_critic = ActorCritic(policy, None if critic is None else load_critic(critic, policy))
-        self.optimizer = make_optimizer(actor_critic, self.args)
-        self.model, self.optimizer = self.accelerator.prepare(actor_critic, self.optimizer)
+        optimizer: Any = make_optimizer(actor_critic, self.args)
+        self.model, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
         self.kl_control = make_kl_control(self.args)
         self.metrics_file = MetricsFile(Path(self.args.output_dir) / "metrics.jsonl")
         self.completions_file = MetricsFile(Path(self.args.output_dir) / "completions.jsonl")

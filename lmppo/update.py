@@ -170,10 +170,11 @@ def ppo_loss(
 def _ratio_sums(logprobs: Tensor, micro: Experience, config: PPOConfig) -> dict[str, Tensor]:
     mask, old = micro.completion_mask, micro.old_logprobs
     log_ratio = torch.where(mask, logprobs - old, 0.0)
-    clip = {"clip_range": config.clip_range, "clip_range_high": config.clip_range_high}
     means = {
         "approx_kl": approx_kl(logprobs, old, mask),
-        "clip_frac": clip_fraction(logprobs, old, mask, **clip),
+        "clip_frac": clip_fraction(
+            logprobs, old, mask, clip_range=config.clip_range, clip_range_high=config.clip_range_high
+        ),
         "ratio": masked_mean(log_ratio.exp(), mask),
     }
     return {name: mean * mask.sum() for name, mean in means.items()} | {"log_ratio_max": log_ratio.abs().max()}
