@@ -59,9 +59,7 @@ class ClassifierArguments:
     model_name_or_path: str = field(
         default="recipes/models/tiny-reviews-gpt2", metadata={"help": "Language model whose trunk is trained."}
     )
-    dropout: float = field(
-        default=0.1, metadata={"help": "Dropout while training; the saved config keeps its own."}
-    )
+    dropout: float = field(default=0.1, metadata={"help": "Dropout while training; the saved config keeps its own."})
     min_words: int = field(default=10, metadata={"help": "Fewest words of a passage of an IMDb review."})
     max_words: int = field(default=45, metadata={"help": "Most words of a passage of an IMDb review."})
     plain_share: float = field(

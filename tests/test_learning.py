@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import count_a, make_trainer, share_of_a
+from builders import build_policy_arguments, make_trainer, share_of_a
 
 
 def learn(output_dir, **settings):
@@ -14,7 +14,7 @@ def learn(output_dir, **settings):
     for iteration in range(trainer.args.max_steps):
         trainer.step(iteration)
     rewards = [row["reward"] for row in trainer.state.log_history]
-    return trainer, sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
+    return trainer, rewards[0], sum(rewards[-3:]) / 3
 
 
 @pytest.mark.parametrize("estimator", ["gae", "rewards_to_go", "total_return", "immediate_rewards"])
@@ -24,30 +24,31 @@ def test_the_reward_rises_with_every_estimator(tmp_path, estimator):
     def one_for_each_a(prompts, completions, completion_ids, **kwargs):
         return [[1.0 if token == 1 else 0.0 for token in ids] for ids in completion_ids]
 
-    trainer, start, end = learn(tmp_path, reward=one_for_each_a, estimator=estimator)
-    print(estimator, start, end)
+    _, start, end = learn(tmp_path, reward=one_for_each_a, estimator=estimator, max_steps=15)
     assert start < 1.0
     assert end > 4.0, "of at most 8"
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate", "lora"])
 def test_a_score_at_the_end_is_learned_whatever_the_critic_is(tmp_path, kind):
-    from builders import build_policy_arguments
-
     rate = {"learning_rate": 0.05} if kind == "lora" else {}
     _, start, end = learn(tmp_path, reward=share_of_a, **build_policy_arguments(kind), **rate)
-    print(kind, start, end)
     assert start < 0.15
     assert end > 0.5
 
 
 def test_a_critic_learns_to_explain_the_returns(tmp_path):
-    trainer, _, _ = learn(tmp_path, reward=count_a, critic_warmup_steps=25, critic_warmup_epochs=8, lam=1.0,
-                          critic_learning_rate=3e-2, value_clip_range=None, max_grad_norm=10.0)  # fmt: skip
+    """A score that the prompt alone decides is foreseen, from the first token on; a policy that is frozen stays."""
+
+    def length_of_prompt(prompts, completions, **kwargs):
+        return [len(prompt) / 4 for prompt in prompts]
+
+    trainer, _, _ = learn(tmp_path, reward=length_of_prompt, critic_warmup_steps=25, critic_warmup_epochs=4, lam=1.0,
+                          critic_learning_rate=5e-2, value_clip_range=None, max_grad_norm=10.0, max_steps=15)  # fmt: skip
     explained = [row["explained_variance"] for row in trainer.state.log_history]
-    print(explained)
     assert explained[0] == pytest.approx(0, abs=1e-5), "a head of zeros explains nothing"
-    assert sum(explained[-5:]) / 5 > 0.2
+    assert sum(explained[-3:]) / 3 > 0.6
+    assert all(abs(row["kl_to_ref"]) < 1e-4 for row in trainer.state.log_history)
 
 
 # --- the optimum is known --------------------------------------------------------------------------------------------
@@ -84,15 +85,13 @@ def bandit(output_dir, kl_coef, **settings):
 @pytest.mark.parametrize("settings", [{}, {"whiten_advantages": False, "estimator": "rewards_to_go"}], ids=str)
 def test_the_kl_penalty_leads_to_its_closed_form(tmp_path, settings):
     policy, optimum, reference = bandit(tmp_path, 0.5, **settings)
-    print(kl(reference, optimum), kl(policy, optimum))
     assert kl(reference, optimum) > 0.2, "it had some way to go"
     assert kl(policy, optimum) < 0.002
 
 
 def test_another_kl_coefficient_leads_elsewhere(tmp_path):
-    """The test above can fail: with 0.3 the policy is at 0.3's optimum, and not at 0.5's."""
-    policy, own_optimum, reference = bandit(tmp_path, 0.3)
+    """The test above can fail: with 0.25 the policy is at 0.25's optimum, and not at 0.5's."""
+    policy, own_optimum, reference = bandit(tmp_path, 0.25)
     other = (reference + torch.tensor(SCORES, dtype=torch.float64) / 0.5).log_softmax(-1)
-    print(kl(policy, own_optimum), kl(policy, other))
     assert kl(policy, own_optimum) < 0.005
     assert kl(policy, other) > 0.05

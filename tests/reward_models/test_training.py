@@ -15,6 +15,7 @@ from reward_models import load, train_classifier, train_preference
 from reward_models.calibration import report
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "configs" / "sentiment_classifier.yaml"
+WORDS = ("awful", "fine")
 CPU = ["--use_cpu", "true", "--disable_tqdm", "true"]
 
 
@@ -29,10 +30,10 @@ def trunk(tmp_path_factory):
 
 @pytest.fixture
 def few_texts(monkeypatch):
-    """Forty reviews whose first letter tells their label, in place of the thousands of the package."""
+    """Forty reviews whose first word tells their label, in place of the thousands of the package."""
 
     def labeled_passages(split, source, *, seed, min_words=10, max_words=45):
-        rows = [{"text": f"{'ab'[i % 2]} {source} {split} {i}", "label": i % 2} for i in range(40)]
+        rows = [{"text": f"{WORDS[i % 2]} {source} {split} {i}", "label": i % 2} for i in range(40)]
         rows = [{**row, "held_out": i % 10 < 2, "source": source} for i, row in enumerate(rows)]
         return Dataset.from_list(rows)
 
@@ -53,14 +54,14 @@ def test_the_classifier_that_is_saved_is_calibrated_and_reported(trunk, few_text
     saved = json.loads((out / "classifier_report.json").read_text())
     assert saved["train_texts"] == 64 and saved["held_out_texts"] == 16
     evaluated = saved["evaluation"]["IMDb passages"]
-    texts = [f"{'ab'[i % 2]} imdb evaluation {i}" for i in range(40)]
+    texts = [f"{WORDS[i % 2]} imdb evaluation {i}" for i in range(40)]
     labels = torch.tensor([i % 2 for i in range(40)])
     with torch.no_grad():  # plain transformers, one text at a time
         logits = [model(**AutoTokenizer.from_pretrained(out)(t, return_tensors="pt")).logits[0] for t in texts]
     by_hand = report(torch.tensor([(x[1] - x[0]).item() for x in logits]), labels)
     assert evaluated["texts"] == 40
     assert evaluated["models"]["this classifier"] == pytest.approx(by_hand, abs=2e-4)
-    assert evaluated["models"]["bag of words (sentences)"]["accuracy"] > 0.9  # it does see the first letter
+    assert evaluated["models"]["bag of words (sentences)"]["accuracy"] > 0.9  # it does see the first word
 
     card = (out / "README.md").read_text()
     assert f"T = {saved['temperature']}" in card and "{" not in card
@@ -95,7 +96,7 @@ def test_no_held_out_text_is_trained_on(few_texts):
     texts = train_classifier.classifier_texts(train_classifier.ClassifierArguments(), seed=0)
     rows = train_classifier.training_rows(texts, 3, tiny_tokenizer())
     assert len(rows) == 32 + 3 * 32
-    trained = set(tiny_tokenizer().batch_decode(rows["input_ids"]))
+    trained = set(tiny_tokenizer().batch_decode(list(rows["input_ids"])))
     assert not trained & set(texts.filter(lambda held_out: held_out, input_columns="held_out")["text"])
     assert set(rows.column_names) == {"input_ids", "labels"}
 
@@ -108,14 +109,14 @@ def test_the_recipe_and_the_defaults_say_the_same():
 
 def test_a_preference_model_from_a_file_is_a_reward(trunk, tmp_path):
     pairs = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": "Well: ", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(64)]
+    rows = [{"prompt": "Well: ", "chosen": f"{i} fine", "rejected": f"{i} awful"} for i in range(64)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = str(tmp_path / "rm")
     flags = ["--model_name_or_path", trunk, "--dataset_name", str(pairs), "--output_dir", out, "--max_steps", "20"]
     train_preference.main([*flags, "--per_device_train_batch_size", "16", "--learning_rate", "1e-2", *CPU])
-    scores = RewardSet(out).score(["Well: "] * 2, ["good 7", "bad 7"], [[1], [1]], {}, None, 1).per_function[:, 0]
+    scores = RewardSet(out).score(["Well: "] * 2, ["7 fine", "7 awful"], [[1], [1]], {}, None, 1).per_function[:, 0]
     assert scores[0] > scores[1] + 0.1
-    assert load(f"classifier:{out}?output=logit")(prompts=["Well: "], completions=["good 7"]) == [scores[0].item()]
+    assert load(f"classifier:{out}?output=logit")(prompts=["Well: "], completions=["7 fine"]) == [scores[0].item()]
 
 
 def test_a_preference_model_from_the_reviews(trunk, few_texts, tmp_path):
