@@ -165,7 +165,8 @@ class PPOTrainer:
             self.save_checkpoint()
         self.save_model(final)
         self._fire("on_train_end")
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training() would end the process group too
+            tracker.finish()
         return self.state
 
     def step(self, iteration: int, *, check_step_zero: bool = False) -> dict[str, float]:

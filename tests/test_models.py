@@ -298,7 +298,7 @@ def test_a_critic_from_a_language_model_starts_at_zero_on_its_trunk(tmp_path, fa
 
 def test_a_critic_from_a_reward_model_starts_with_its_score(tmp_path):
     torch.manual_seed(2)
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2}
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
     scorer = GPT2ForSequenceClassification(GPT2Config(vocab_size=VOCAB, num_labels=1, pad_token_id=0, **sizes))
     scorer.save_pretrained(tmp_path)
     critic = load_critic(str(tmp_path), gpt2())
@@ -306,6 +306,18 @@ def test_a_critic_from_a_reward_model_starts_with_its_score(tmp_path):
     with torch.no_grad():
         value = ActorCritic(gpt2(), critic)(ids, ids.bool(), torch.tensor([[5]]), torch.tensor([[True]]))[1]
         torch.testing.assert_close(value[0, 0], scorer.eval()(input_ids=ids).logits[0])
+
+
+def test_a_critic_from_a_classifier_of_two_labels_starts_with_its_log_odds(tmp_path):
+    torch.manual_seed(2)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5, "bos_token_id": 0, "eos_token_id": 0}
+    scorer = GPT2ForSequenceClassification(GPT2Config(vocab_size=VOCAB, num_labels=2, pad_token_id=0, **sizes))
+    scorer.save_pretrained(tmp_path)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        values = ActorCritic(gpt2(), load_critic(str(tmp_path), gpt2()))(ids, ids.bool(), ids, ids.bool())[1]
+        p = scorer.eval()(input_ids=ids).logits[0].softmax(-1)
+    torch.testing.assert_close(values[0, 0, 0], (p[1] / p[0]).log(), atol=1e-5, rtol=1e-5)
 
 
 def test_a_saved_critic_comes_back_whole(tmp_path):

@@ -97,6 +97,14 @@ def test_two_processes_log_what_one_does(folders, name):
         assert right["first_ratio_error"] < 2e-5 if right["step"] == 1 else True
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_evaluation_goes_on_after_training(folders, name):
+    ours, theirs = (read(folder, name, 0)[1]["after"] for folder in folders)
+    assert theirs == pytest.approx(ours, abs=2e-4, rel=1e-3)
+    row = metrics_rows(folders[1] / name)[-1]
+    assert {n: row[n] for n in theirs} == theirs, "the last step was evaluated too"
+
+
 def test_in_the_warm_up_the_policy_stays_on_two_processes_too(folders):
     """With weight decay, which would move it."""
     start = weights(build(folders[0] / "untrained-2", "warm-up"))

@@ -49,6 +49,7 @@ def train(root, name):
 
     trainer.rollout = keep
     trainer.train()
+    after = trainer.evaluate()  # the processes can still talk to each other when training is over
     rank = trainer.accelerator.process_index
     tensors = {f"weights/{n}": tensor for n, tensor in weights(trainer).items()}
     for i, scored in enumerate(seen):
@@ -61,7 +62,7 @@ def train(root, name):
         {"prompts": s.prompts, "completions": s.completions, "extras": s.extras, "metrics": s.metrics} for s in seen
     ]
     (root / f"{name}-{rank}.json").write_text(
-        json.dumps({"texts": texts, "log": trainer.state.log_history, "processes": trainer.accelerator.num_processes})
+        json.dumps({"texts": texts, "after": after, "processes": trainer.accelerator.num_processes})
     )
 
 

@@ -46,11 +46,15 @@ def test_classifier_judges_held_out_sentences_as_its_card_says():
     measured = report(torch.tensor(scores), torch.tensor(sentences["label"]))
     for name, value in claimed["models"]["this classifier"].items():
         assert measured[name] == pytest.approx(value, abs=2e-3), name  # the report is rounded, and a tie may flip
-    assert AutoModelForSequenceClassification.from_pretrained(CLASSIFIER).config.id2label == {0: "NEGATIVE", 1: "POSITIVE"}
+    assert AutoModelForSequenceClassification.from_pretrained(CLASSIFIER).config.id2label == {
+        0: "NEGATIVE",
+        1: "POSITIVE",
+    }
 
 
 def test_shipped_classifier_loads_by_its_bare_name_and_tells_good_from_bad():
     good, bad = load("classifier:tiny-reviews-sentiment")(
-        prompts=["This film is"] * 2, completions=[" wonderful, a great and moving story.", " awful, boring and a waste."]
+        prompts=["This film is"] * 2,
+        completions=[" wonderful, a great and moving story.", " awful, boring and a waste."],
     )
     assert good > 1 and bad < -1
