@@ -247,6 +247,7 @@ def load_critic(critic: "str | PreTrainedModel", policy: Any, n_streams: int = 1
             f"critic knows {n_vocab} tokens and the policy {n_policy}: they must share the tokenizer. Train the "
             f"critic's model with the policy's tokenizer, or leave critic out to share the policy's trunk."
         )
+    critic.config.problem_type = "regression"  # a classifier's own would not load again with one label
     return critic.float()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from builders import build_policy_arguments, make_trainer, share_of_a
+from builders import build_policy_arguments, critic_of, make_trainer, share_of_a
 
 
 def learn(output_dir, **settings):
@@ -43,11 +43,12 @@ def test_a_critic_learns_to_explain_the_returns(tmp_path):
     def length_of_prompt(prompts, completions, **kwargs):
         return [len(prompt) / 4 for prompt in prompts]
 
-    trainer, _, _ = learn(tmp_path, reward=length_of_prompt, critic_warmup_steps=25, critic_warmup_epochs=4, lam=1.0,
-                          critic_learning_rate=5e-2, value_clip_range=None, max_grad_norm=10.0, max_steps=15)  # fmt: skip
+    trainer, _, _ = learn(tmp_path, reward=length_of_prompt, critic=critic_of(), critic_warmup_steps=15, critic_warmup_epochs=4, lam=1.0,
+                          critic_learning_rate=1e-2, value_clip_range=None, max_grad_norm=10.0, max_steps=15)  # fmt: skip
     explained = [row["explained_variance"] for row in trainer.state.log_history]
-    assert explained[0] == pytest.approx(0, abs=1e-5), "a head of zeros explains nothing"
-    assert sum(explained[-3:]) / 3 > 0.6
+    assert explained[0] < 0.2, "a random critic explains nothing"
+    print(explained)
+    assert sum(explained[-3:]) / 3 > 0.8
     assert all(abs(row["kl_to_ref"]) < 1e-4 for row in trainer.state.log_history)
 
 
@@ -73,7 +74,7 @@ def kl(p, q):
 def bandit(output_dir, kl_coef, **settings):
     """The trained policy, and the optimum of E[score] - kl_coef * KL: pi* ~ pi_ref exp(score / kl_coef)."""
     trainer, _, _ = learn(
-        output_dir, reward=score_of_token, dataset=["a"], max_completion_length=1, max_steps=40, kl_coef=kl_coef,
+        output_dir, reward=score_of_token, dataset=["a"], max_completion_length=1, max_steps=25, kl_coef=kl_coef,
         rollout_batch_size=256, minibatch_size=128, micro_batch_size=128, learning_rate=5e-3,
         lr_scheduler_type="linear", value_clip_range=None, **settings,
     )  # fmt: skip
@@ -86,6 +87,7 @@ def bandit(output_dir, kl_coef, **settings):
 def test_the_kl_penalty_leads_to_its_closed_form(tmp_path, settings):
     policy, optimum, reference = bandit(tmp_path, 0.5, **settings)
     assert kl(reference, optimum) > 0.2, "it had some way to go"
+    print(kl(policy, optimum))
     assert kl(policy, optimum) < 0.002
 
 
@@ -93,5 +95,6 @@ def test_another_kl_coefficient_leads_elsewhere(tmp_path):
     """The test above can fail: with 0.25 the policy is at 0.25's optimum, and not at 0.5's."""
     policy, own_optimum, reference = bandit(tmp_path, 0.25)
     other = (reference + torch.tensor(SCORES, dtype=torch.float64) / 0.5).log_softmax(-1)
+    print(kl(policy, own_optimum), kl(policy, other))
     assert kl(policy, own_optimum) < 0.005
     assert kl(policy, other) > 0.05
