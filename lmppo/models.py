@@ -247,15 +247,16 @@ def load_critic(critic: "str | PreTrainedModel", policy: Any, n_streams: int = 1
             f"critic knows {n_vocab} tokens and the policy {n_policy}: they must share the tokenizer. Train the "
             f"critic's model with the policy's tokenizer, or leave critic out to share the policy's trunk."
         )
-    critic.config.problem_type = "regression"  # a classifier's own would not load again with one label
     return critic.float()
 
 
 def _load_critic_weights(name: str, n_streams: int) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    architectures = load_weights_config(AutoConfig, name).architectures or [""]
-    critic = load_weights(AutoModelForTokenClassification, name, num_labels=n_streams, ignore_mismatched_sizes=True)
+    config = load_weights_config(AutoConfig, name)
+    architectures = config.architectures or [""]
+    config.problem_type, config.num_labels = "regression", n_streams  # a classifier's own is refused with one label
+    critic = load_weights(AutoModelForTokenClassification, name, config=config, ignore_mismatched_sizes=True)
     if "ForTokenClassification" in architectures[0]:
         return critic
     head = next(m for n, m in critic.named_modules() if n in ("score", "classifier"))
