@@ -103,6 +103,13 @@ def build_model(family, kind):
     return with_values(ActorCritic(policy, critic_of(family) if kind == "separate" else None))
 
 
+def trained(output_dir, **settings):
+    """A trainer that has run to its end."""
+    trainer = make_trainer(output_dir, **settings)
+    trainer.train()
+    return trainer
+
+
 def build_policy_arguments(kind):
     """The trainer's arguments for a shared trunk, a critic of its own, or an adapter."""
     return {"shared": {}, "separate": {"critic": critic_of()}, "lora": {"peft_config": lora()}}[kind]

@@ -43,8 +43,10 @@ def test_a_critic_learns_to_explain_the_returns(tmp_path):
     def length_of_prompt(prompts, completions, **kwargs):
         return [len(prompt) / 4 for prompt in prompts]
 
-    trainer, _, _ = learn(tmp_path, reward=length_of_prompt, critic=critic_of(), critic_warmup_steps=8, critic_warmup_epochs=4, lam=1.0,
-                          critic_learning_rate=1e-2, value_clip_range=None, max_grad_norm=10.0, max_steps=8)  # fmt: skip
+    trainer, _, _ = learn(
+        tmp_path, reward=length_of_prompt, critic=critic_of(), critic_warmup_steps=8, critic_warmup_epochs=4, lam=1.0,
+        critic_learning_rate=1e-2, value_clip_range=None, max_grad_norm=10.0, max_steps=8,
+    )  # fmt: skip
     explained = [row["explained_variance"] for row in trainer.state.log_history]
     assert explained[0] < 0.2, "a random critic explains nothing"
     assert sum(explained[-3:]) / 3 > 0.8
