@@ -86,17 +86,19 @@ def make_kl_control(args: PPOConfig) -> FixedKL | AdaptiveKL:
     return AdaptiveKL(args.kl_coef, target=args.kl_target, horizon=args.kl_horizon)
 
 
-def load_tokenizer(policy: PreTrainedModel) -> Any:
-    """The tokenizer that lies beside the policy's weights.
+def load_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer that lies beside a model's weights.
 
     Raises:
         OSError: There is none.
     """
-    name = policy.config._name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise OSError(f"No tokenizer could be loaded from {name!r}: pass processing_class.") from error
+        raise OSError(
+            f"No tokenizer could be loaded from {name_or_path!r}: it must be a directory or a Hub id that holds one. "
+            f"For a model without, pass processing_class. ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def make_sampling_params(args: PPOConfig, tokenizer: Any, policy: PreTrainedModel) -> SamplingParams:

@@ -3,13 +3,38 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 ESTIMATORS = ("gae", "rewards_to_go", "total_return", "immediate_rewards")
+BASELINES = ("none", "batch_mean", "leave_one_out", "critic", "auto")
+OBJECTIVES = ("clip", "kl_penalty", "importance_sampled", "policy_gradient", "trpo")
+TRUNCATIONS = ("end", "bootstrap", "penalty", "mask")
+KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
+KL_PLACEMENTS = ("reward", "loss", "both")
 SCHEDULES = ("constant", "linear", "cosine")
+
+# Why the gradient of a KL penalty to the reference is biased (arXiv 2510.01555, 2512.21852; tests prove each).
+_KL_BIAS = {
+    ("k2", "reward"): "E[k2] is not the KL divergence, and its gradient is off already to first order",
+    ("k3", "reward"): "the part of the gradient in which k3 itself depends on the policy is missing",
+    ("exact", "reward"): "a state's own KL is only a baseline there, so its own gradient is missing: use 'both'",
+    ("k1", "loss"): "the expected gradient of log pi under pi is 0, so nothing is penalized: use 'reward'",
+    ("k3", "loss"): "its gradient is that of KL(reference || policy), the other direction",
+    ("exact", "loss"): "what a token does to the KL of later states is left out: use 'both'",
+}
+_CHOICES = {
+    "estimator": ESTIMATORS,
+    "baseline": BASELINES,
+    "objective": OBJECTIVES,
+    "truncation": TRUNCATIONS,
+    "kl_estimator": KL_ESTIMATORS,
+    "kl_placement": KL_PLACEMENTS,
+    "lr_scheduler_type": SCHEDULES,
+}
 
 
 def _knob(default: Any, text: str) -> Any:
@@ -22,26 +47,78 @@ def _knob(default: Any, text: str) -> Any:
 _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "max_steps rollout_batch_size num_generations max_completion_length ppo_epochs minibatch_size "
-        "micro_batch_size logging_steps eval_completions kl_horizon",
+        "micro_batch_size logging_steps eval_completions kl_horizon trpo_cg_steps trpo_line_search_steps",
         lambda v: v >= 1,
         "at least 1",
     ),
-    ("eval_steps save_steps critic_warmup_epochs", lambda v: v >= 1, "at least 1, or none"),
+    ("eval_steps save_steps critic_epochs critic_warmup_epochs", lambda v: v >= 1, "at least 1, or none"),
     ("cpu_threads", lambda v: v >= 0, "0 or more, or none"),
-    ("seed top_k warmup_steps critic_warmup_steps log_completions", lambda v: v >= 0, "0 or more"),
-    ("kl_coef vf_coef ent_coef weight_decay learning_rate", lambda v: 0 <= v < math.inf, "finite, 0 or more"),
-    ("temperature max_grad_norm adam_epsilon", lambda v: 0 < v < math.inf, "finite and above 0"),
+    ("seed top_k warmup_steps critic_warmup_steps log_completions save_rollouts", lambda v: v >= 0, "0 or more"),
     (
-        "clip_range_high value_clip_range target_kl kl_target critic_learning_rate step_zero_tolerance",
+        "kl_coef vf_coef ent_coef weight_decay learning_rate truncation_penalty policy_kl_coef trpo_damping",
+        lambda v: 0 <= v < math.inf,
+        "finite, 0 or more",
+    ),
+    ("temperature max_grad_norm adam_epsilon trpo_max_kl", lambda v: 0 < v < math.inf, "finite and above 0"),
+    (
+        "clip_range_high value_clip_range target_kl kl_target critic_learning_rate step_zero_tolerance "
+        "policy_kl_target adaptive_lam_alpha",
         lambda v: 0 < v < math.inf,
         "finite and above 0, or none",
     ),
     ("gamma lam min_p", lambda v: 0 <= v <= 1, "within [0, 1]"),
+    ("critic_lam", lambda v: 0 <= v <= 1, "within [0, 1], or none"),
+    ("critic_warmup_explained_variance", lambda v: v < 1, "below 1, or none"),
+    ("dual_clip", lambda v: 1 < v < math.inf, "finite and above 1, or none"),
     ("adam_beta1 adam_beta2", lambda v: 0 <= v < 1, "within [0, 1)"),
     ("top_p", lambda v: 0 < v <= 1, "within (0, 1]"),
     ("clip_range", lambda v: 0 < v < 1, "within (0, 1)"),
     ("save_total_limit", lambda v: v >= 2, "at least 2 (the newest may be the damaged one), or none"),
 ]
+
+
+@dataclass(frozen=True)
+class RewardStream:
+    """One kind of reward, with its own discount and its own output of the critic (N8).
+
+    Args:
+        name: The stream's name in the metrics. ``"kl"``, without reward functions: the KL penalty's own stream.
+        reward_funcs: The reward functions that are summed in this stream.
+        weight: Multiplies the stream's rewards, and so (the estimators are linear) its advantages.
+        gamma: Discount of this stream (default: the configuration's).
+        lam: GAE's lambda of this stream (default: the configuration's).
+
+    Raises:
+        TypeError: A value is of the wrong kind.
+        ValueError: A value is out of range, or a stream other than ``"kl"`` has no reward function.
+    """
+
+    name: str
+    reward_funcs: Sequence[Any] = ()
+    weight: float = 1.0
+    gamma: float | None = None
+    lam: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"the name of a reward stream must be text, got {self.name!r}.")
+        if isinstance(self.reward_funcs, str) or not isinstance(self.reward_funcs, Sequence):
+            raise TypeError(f"reward stream {self.name!r}: reward_funcs={self.reward_funcs!r} must be a list.")
+        for field_name in ("weight", "gamma", "lam"):
+            value = getattr(self, field_name)
+            kinds = (float, int) if field_name == "weight" else (float, int, type(None))
+            if type(value) not in kinds:
+                raise TypeError(f"reward stream {self.name!r}: {field_name}={value!r} must be a number.")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"reward stream {self.name!r}: weight={self.weight!r} must be finite.")
+        for field_name in ("gamma", "lam"):
+            value = getattr(self, field_name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"reward stream {self.name!r}: {field_name}={value!r} must be within [0, 1].")
+        if not self.reward_funcs and self.name != "kl":
+            raise ValueError(f"reward stream {self.name!r} has no reward_funcs (only the stream named 'kl' has none).")
+        if self.reward_funcs and self.name == "kl":
+            raise ValueError("the reward stream 'kl' is the KL penalty's: name a stream with reward_funcs otherwise.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,25 +164,48 @@ class PPOConfig:
     kl_coef: float = _knob(0.05, "Coefficient of the per-token KL penalty to the reference, within the reward.")
     kl_target: float | None = _knob(None, "Adapt kl_coef to hold kl_to_ref (nats per completion) here.")
     kl_horizon: int = _knob(10000, "Completions over which the adaptive kl_coef reacts.")
+    kl_estimator: str = _knob("k1", f"What measures that KL: {', '.join(KL_ESTIMATORS)} (over the vocabulary).")
+    kl_placement: str = _knob("reward", "Where it stands: reward, loss, or both ('exact' only: each state's once).")
+    truncation: str = _knob("end", f"What becomes of a completion cut without EOS: {', '.join(TRUNCATIONS)}.")
+    truncation_penalty: float = _knob(1.0, "Taken from a cut completion's reward, with truncation='penalty'.")
 
     # Advantages
-    estimator: str = _knob("gae", f"Advantage estimator: {', '.join(ESTIMATORS)}; the critic is subtracted.")
+    estimator: str = _knob("gae", f"Advantage estimator: {', '.join(ESTIMATORS)}.")
+    baseline: str = _knob("critic", f"What is subtracted: {', '.join(BASELINES)} (critic or batch_mean, by its EV).")
     gamma: float = _knob(1.0, "Discount per token.")
     lam: float = _knob(0.95, "GAE's lambda.")
+    critic_lam: float | None = _knob(None, "GAE's lambda for the critic's targets (default: lam).")
+    adaptive_lam_alpha: float | None = _knob(
+        None, "GAE's lambda of a completion of n tokens is 1 - 1/(alpha n), but at least lam."
+    )
     whiten_advantages: bool = _knob(True, "Give the batch's advantages mean 0 and variance 1, over all processes.")
 
     # Update
+    objective: str = _knob("clip", f"What the policy's update climbs: {', '.join(OBJECTIVES)}.")
     ppo_epochs: int = _knob(4, "Passes over each rollout.")
     minibatch_size: int = _knob(16, "Completions per optimizer step, over all processes.")
     micro_batch_size: int = _knob(16, "Completions per forward pass and process; changes memory only.")
     clip_range: float = _knob(0.2, "Clip of the ratio: 1 - clip_range to 1 + clip_range.")
     clip_range_high: float | None = _knob(None, "Upper clip, if it differs from clip_range.")
+    dual_clip: float | None = _knob(None, "Largest ratio charged to a negative advantage (default: no bound).")
+    policy_kl_coef: float = _knob(1.0, "objective='kl_penalty': first price of a nat from the old policy (beta).")
+    policy_kl_target: float | None = _knob(
+        0.01, "beta halves below target/1.5 and doubles above 1.5*target nats per token ('none': fixed beta)."
+    )
+    trpo_max_kl: float = _knob(0.01, "objective='trpo': mean KL per token from the old policy, at most.")
+    trpo_cg_steps: int = _knob(10, "TRPO's conjugate gradient steps.")
+    trpo_damping: float = _knob(0.1, "Added to the Fisher matrix's diagonal.")
+    trpo_line_search_steps: int = _knob(10, "Step lengths TRPO tries, each 0.8 of the one before.")
     value_clip_range: float | None = _knob(0.2, "Clip of the value's move from its old value ('none': no clip).")
     vf_coef: float = _knob(0.1, "Weight of the value loss.")
     ent_coef: float = _knob(0.0, "Weight of the entropy bonus.")
     target_kl: float | None = _knob(None, "End an iteration's update when approx_kl exceeds 1.5 times this.")
+    critic_epochs: int | None = _knob(None, "The critic's passes over each rollout (default: ppo_epochs).")
     critic_warmup_steps: int = _knob(0, "First iterations in which only the critic learns; the policy is frozen.")
-    critic_warmup_epochs: int | None = _knob(None, "Passes over the rollout in those iterations (default ppo_epochs).")
+    critic_warmup_epochs: int | None = _knob(None, "Passes in those iterations (default: critic_epochs).")
+    critic_warmup_explained_variance: float | None = _knob(
+        None, "End that warm-up as soon as the critic explains this share of a batch's returns."
+    )
     step_zero_tolerance: float | None = _knob(
         None, "Largest |log ratio| and |KL| allowed before anything was learned (default: by precision, 2e-5 in fp32)."
     )
@@ -126,6 +226,7 @@ class PPOConfig:
     eval_steps: int | None = _knob(None, "Iterations between evaluations on eval_dataset (default: none).")
     eval_completions: int = _knob(128, "Completions per evaluation, over all processes.")
     save_steps: int | None = _knob(None, "Iterations between checkpoints (default: only at the end).")
+    save_rollouts: int = _knob(0, "Completions kept with each checkpoint, for `lmppo explain`.")
     save_total_limit: int | None = _knob(None, "Checkpoints to keep (at least 2; default: all).")
     log_completions: int = _knob(0, "Completions shown in a table at every logged step.")
     report_to: list[str] = _knob([], "Trackers of accelerate to report to: tensorboard, wandb, trackio, ...")
@@ -140,9 +241,19 @@ class PPOConfig:
                 value = getattr(self, name)
                 if not (value is None and "none" in rule) and not holds(value):
                     raise ValueError(f"{name}={value!r} must be {rule}.")
-        self._require_choice("estimator", ESTIMATORS)
-        self._require_choice("lr_scheduler_type", SCHEDULES)
+        for name, choices in _CHOICES.items():
+            self._require_choice(name, choices)
         self._check_sizes()
+        for wrong, message in self._contradictions():
+            if wrong:
+                raise ValueError(message)
+        bias = _KL_BIAS.get((self.kl_estimator, self.kl_placement))
+        if bias and self.kl_coef > 0:
+            warnings.warn(
+                f"kl_estimator={self.kl_estimator!r} with kl_placement={self.kl_placement!r} has a biased gradient: "
+                f"{bias} (arXiv 2510.01555). Unbiased: k1 in the reward, exact in both.",
+                stacklevel=3,
+            )
 
     def _check_kind(self, name: str, kind: Any) -> None:
         value = getattr(self, name)
@@ -159,6 +270,52 @@ class PPOConfig:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}.{hint}")
+
+    def _contradictions(self) -> list[tuple[bool, str]]:
+        """Settings that make no sense together: whether they are there, and what to do."""
+        whole = self.ppo_epochs == 1 and self.minibatch_size == self.rollout_batch_size
+        return [
+            (
+                self.estimator == "gae" and not self.uses_critic,
+                f"estimator='gae' needs a critic: set baseline='critic' or 'auto' (baseline={self.baseline!r}), or "
+                f"estimator='rewards_to_go'.",
+            ),
+            (
+                self.baseline == "leave_one_out" and self.num_generations < 2,
+                "baseline='leave_one_out' compares completions of one prompt: set num_generations to 2 or more.",
+            ),
+            (
+                self.truncation == "bootstrap" and not self.uses_critic,
+                f"truncation='bootstrap' needs a critic: baseline={self.baseline!r} has none.",
+            ),
+            (
+                not self.uses_critic and (self.critic_warmup_steps > 0 or self.critic_epochs is not None),
+                f"critic_warmup_steps and critic_epochs need a critic: baseline={self.baseline!r} has none.",
+            ),
+            (
+                self.estimator != "gae" and (self.critic_lam is not None or self.adaptive_lam_alpha is not None),
+                f"critic_lam and adaptive_lam_alpha are GAE's: estimator={self.estimator!r} has no lambda.",
+            ),
+            (
+                self.kl_placement == "both" and self.kl_estimator != "exact",
+                f"kl_placement='both' counts each state's KL once only with kl_estimator='exact', not "
+                f"{self.kl_estimator!r}.",
+            ),
+            (
+                self.objective == "policy_gradient" and not whole,
+                f"objective='policy_gradient' holds for one step per rollout (N3): set ppo_epochs=1 and "
+                f"minibatch_size=rollout_batch_size={self.rollout_batch_size}, or objective='importance_sampled'.",
+            ),
+            (
+                self.objective == "trpo" and (self.ent_coef > 0 or self.target_kl is not None or self.kl_in_loss),
+                "objective='trpo' takes one step within trpo_max_kl: leave out ent_coef, target_kl and a KL penalty in "
+                "the loss.",
+            ),
+            (
+                self.dual_clip is not None and self.objective != "clip",
+                f"dual_clip belongs to objective='clip', not {self.objective!r}.",
+            ),
+        ]
 
     def _check_sizes(self) -> None:
         if self.rollout_batch_size % self.num_generations:
@@ -185,6 +342,16 @@ class PPOConfig:
                     f"{name}={value} is a count over all processes and must be a multiple of their number, "
                     f"{num_processes}: try {max(1, value // num_processes) * num_processes}."
                 )
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether the baseline asks for a critic."""
+        return self.baseline in ("critic", "auto")
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether the KL to the reference is (also) a term of the loss."""
+        return self.kl_placement != "reward" and self.kl_coef > 0
 
     @property
     def truncates_sampling(self) -> bool:

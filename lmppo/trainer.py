@@ -86,7 +86,7 @@ class PPOTrainer:
         self.accelerator = make_accelerator(self.args)
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
         policy = load_policy(model, peft_config)
-        self.processing_class = processing_class if processing_class is not None else load_tokenizer(policy)
+        self.processing_class = processing_class or load_tokenizer(policy.config._name_or_path)
         policy.to(self.accelerator.device)
         if isinstance(ref_model, str):
             ref_model = load_policy(ref_model)

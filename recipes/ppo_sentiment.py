@@ -73,15 +73,15 @@ def main() -> None:
     recipe, args = TrlParser((RecipeArguments, PPOConfig)).parse_args_and_config()
 
     from prompt_data import load_prompts
-    from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from lmppo import PPOTrainer
+    from lmppo.build import load_tokenizer
     from lmppo.plots import plot_run
     from reward_models import load
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model_name_or_path)
+    tokenizer = load_tokenizer(recipe.model_name_or_path)
     train_prompts, held_out_prompts = load_prompts(recipe.dataset_name, tokenizer, recipe.prompt_tokens)
     trainer = PPOTrainer(
         model=recipe.model_name_or_path,

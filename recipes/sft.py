@@ -26,6 +26,7 @@ class TinyGPT2Arguments:
     n_embd: int = field(default=192, metadata={"help": "Width of the model."})
     n_layer: int = field(default=4, metadata={"help": "Number of transformer blocks."})
     n_head: int = field(default=6, metadata={"help": "Number of attention heads."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout while training; the saved config has none."})
     eval_reviews: int = field(default=400, metadata={"help": "Held-out reviews scored for bits per byte."})
 
 
@@ -38,6 +39,9 @@ def main() -> None:
 
     tokenizer = train_tokenizer(list(texts), arguments.vocab_size, args.max_length)
     model = build_model(arguments.vocab_size, args.max_length, arguments.n_embd, arguments.n_layer, arguments.n_head)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout) and not name.endswith("attn_dropout"):
+            module.p = arguments.dropout
     print(f"{model.num_parameters() / 1e6:.2f} million parameters, {len(texts)} reviews")
     trainer = SFTTrainer(
         model=model,
