@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lmppo.config import PPOConfig
+    from lmppo.config import PPOConfig, RewardStream
     from lmppo.rewards import ClassifierReward
     from lmppo.trainer import PPOTrainer
 
-__all__ = ["ClassifierReward", "PPOConfig", "PPOTrainer", "__version__"]
+__all__ = ["ClassifierReward", "PPOConfig", "PPOTrainer", "RewardStream", "__version__"]
 
-_HOMES = {"PPOConfig": "lmppo.config", "PPOTrainer": "lmppo.trainer", "ClassifierReward": "lmppo.rewards"}
+_HOMES = {
+    "ClassifierReward": "lmppo.rewards",
+    "PPOConfig": "lmppo.config",
+    "PPOTrainer": "lmppo.trainer",
+    "RewardStream": "lmppo.config",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,21 @@
 """The parts of a trainer, built from the configuration and checked before anything is sampled."""
 
+import dataclasses
 import os
 from typing import Any
 
+import accelerate
 import torch
+import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from transformers import AutoTokenizer, PreTrainedModel
 
-from lmppo.config import PPOConfig
+from lmppo.config import PPOConfig, RewardStream
 from lmppo.kl_control import AdaptiveKL, FixedKL
-from lmppo.models import ActorCritic
+from lmppo.models import ActorCritic, load_critic
 from lmppo.prompts import PromptEncoder
 from lmppo.sampling import SamplingParams
+from lmppo.update import epochs_of
 
 
 def make_accelerator(args: PPOConfig) -> Accelerator:
@@ -21,7 +25,9 @@ def make_accelerator(args: PPOConfig) -> Accelerator:
         RuntimeError: The launcher started more processes than accelerate sees, or the model would be sharded.
         ValueError: The sizes of the configuration do not divide over the processes.
     """
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=args.critic_warmup_steps > 0)
+    together = all(learns.policy == learns.critic for learns in epochs_of(args, policy_frozen=False))
+    always = args.critic_warmup_steps == 0 and (together or not args.uses_critic)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=not always)  # a critic or a policy that sits out
     accelerator = Accelerator(
         cpu=args.use_cpu or not torch.accelerator.is_available(),
         mixed_precision="bf16" if args.bf16 else None,
@@ -77,6 +83,55 @@ def make_optimizer(model: ActorCritic, args: PPOConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay
     )
+
+
+def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What a bit-identical resume needs to be the same."""
+    return {
+        "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "device": accelerator.device.type,
+        "mixed_precision": accelerator.mixed_precision,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def make_streams(reward_funcs: Any, reward_streams: Any) -> list[RewardStream]:
+    """The reward streams of a run: those given, or one with all reward functions.
+
+    Raises:
+        ValueError: Both or neither are given, or a stream has a key that does not exist.
+    """
+    if (reward_funcs is None) == (reward_streams is None):
+        raise ValueError("give either reward_funcs or reward_streams: one of the two, and not both.")
+    if reward_streams is None:
+        functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        return [RewardStream("reward", functions)]
+    return [stream if isinstance(stream, RewardStream) else _as_stream(stream) for stream in reward_streams]
+
+
+def _as_stream(given: Any) -> RewardStream:
+    known = [f.name for f in dataclasses.fields(RewardStream)]
+    if not isinstance(given, dict) or not set(given) <= set(known) or "name" not in given:
+        raise ValueError(f"reward stream {given!r}: expected a mapping with `name` and any of {', '.join(known[1:])}.")
+    return RewardStream(**given)
+
+
+def make_actor_critic(policy: Any, critic: Any, args: PPOConfig, *, n_streams: int) -> ActorCritic:
+    """Policy and critic; without a use for the critic its head stays as it is.
+
+    Raises:
+        ValueError: A critic is given, and the baseline uses none; or its labels or vocabulary do not fit.
+        OSError: The critic cannot be loaded.
+    """
+    if critic is not None and not args.uses_critic:
+        raise ValueError(f"baseline={args.baseline!r} uses no critic: leave critic out, or set baseline='critic'.")
+    model = ActorCritic(policy, None if critic is None else load_critic(critic, policy, n_streams), n_streams)
+    if not args.uses_critic:
+        model.value_head.requires_grad_(False)
+    return model
 
 
 def make_kl_control(args: PPOConfig) -> FixedKL | AdaptiveKL:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,12 @@ def checkpoint_dir(output_dir: str | Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    target: Path, model: ActorCritic, optimizer: torch.optim.Optimizer, state: dict[str, Any], tokenizer: Any
+    target: Path,
+    model: ActorCritic,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    tokenizer: Any,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint beside its final place, verify nothing is missing, and rename it.
 
@@ -47,6 +53,7 @@ def save_checkpoint(
         optimizer: AdamW over the model's parameters.
         state: JSON values: step, prompts drawn, KL coefficient, configuration, versions.
         tokenizer: The policy's tokenizer, saved beside the policy.
+        write_more: Writes further files into the directory it is given, before the manifest is made.
     """
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -56,6 +63,8 @@ def save_checkpoint(
     tokenizer.save_pretrained(temporary / "policy")
     save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
+    if write_more is not None:
+        write_more(temporary)
     manifest = {"format_version": FORMAT_VERSION, "files": _hashes(temporary)}
     (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
     for path in [p for p in temporary.rglob("*") if p.is_file()]:
@@ -81,6 +90,19 @@ def export_model(model: ActorCritic, directory: Path, tokenizer: Any) -> None:
         model.policy.save_pretrained(directory)
     _save_critic(model, directory)
     tokenizer.save_pretrained(directory)
+
+
+def replace_model(model: ActorCritic, target: Path, tokenizer: Any) -> None:
+    """:func:`export_model` to a directory that may exist: its files change places when the new ones are whole."""
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    export_model(model, temporary, tokenizer)
+    if target.exists():
+        shutil.copytree(temporary, target, dirs_exist_ok=True)
+        shutil.rmtree(temporary)
+    else:
+        temporary.rename(target)
 
 
 def load_checkpoint(source: Path, model: ActorCritic, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

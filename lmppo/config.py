@@ -90,7 +90,7 @@ class RewardStream:
 
     Raises:
         TypeError: A value is of the wrong kind.
-        ValueError: A value is out of range, or a stream other than ``"kl"`` has no reward function.
+        ValueError: A value is out of range.
     """
 
     name: str
@@ -115,10 +115,6 @@ class RewardStream:
             value = getattr(self, field_name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"reward stream {self.name!r}: {field_name}={value!r} must be within [0, 1].")
-        if not self.reward_funcs and self.name != "kl":
-            raise ValueError(f"reward stream {self.name!r} has no reward_funcs (only the stream named 'kl' has none).")
-        if self.reward_funcs and self.name == "kl":
-            raise ValueError("the reward stream 'kl' is the KL penalty's: name a stream with reward_funcs otherwise.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +283,11 @@ class PPOConfig:
             (
                 self.truncation == "bootstrap" and not self.uses_critic,
                 f"truncation='bootstrap' needs a critic: baseline={self.baseline!r} has none.",
+            ),
+            (
+                self.truncation == "bootstrap" and self.estimator not in ("gae", "rewards_to_go"),
+                f"truncation='bootstrap' adds a value to later rewards, which estimator={self.estimator!r} does not "
+                f"use: set estimator='gae' or 'rewards_to_go'.",
             ),
             (
                 not self.uses_critic and (self.critic_warmup_steps > 0 or self.critic_epochs is not None),

@@ -14,6 +14,10 @@ Record = TypeVar("Record")
 _DTYPES = {"_mask": torch.bool, "_ids": torch.long, "support": torch.bool, "ended": torch.bool}
 
 
+class StepZeroError(RuntimeError):
+    """Something that must be exact before the first update is not: learning on would train on wrong numbers."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """What was sampled, and what was measured under the policy that sampled it.
@@ -28,6 +32,10 @@ class Rollout:
         values: ``(B, T, K)`` the critic's value of the state each token was chosen in.
         scores: ``(B, T, K)`` what the reward functions gave, before any KL penalty: a score for the whole completion
             stands on its last token.
+        kl_penalty: ``(B, T)`` the KL to the reference that the rewards pay for, by ``kl_estimator``; for k1 it is
+            ``kl_to_ref``.
+        bootstrap_values: ``(B, K)`` the critic's value of the last state of a completion that was cut, with
+            ``truncation='bootstrap'``; else 0.
         ended: ``(B,)`` True where the completion ended with EOS, False where it was cut.
         support: ``(B, T, V)`` True on the tokens that could be sampled (top-k, top-p, min-p); ``(B, T, 1)`` and all
             True where nothing was cut off.
@@ -41,6 +49,8 @@ class Rollout:
     ref_logprobs: Tensor
     values: Tensor
     scores: Tensor
+    kl_penalty: Tensor
+    bootstrap_values: Tensor
     ended: Tensor
     support: Tensor
 
@@ -63,7 +73,9 @@ class Experience:
     """All that the update may see; shapes as in :class:`Rollout`.
 
     Attributes:
+        completion_mask: ``(B, T)`` True on the tokens that are learned from.
         old_logprobs: ``(B, T)`` under the policy that sampled the tokens.
+        ref_logprobs: ``(B, T)`` under the reference.
         old_values: ``(B, T, K)`` the critic before the update.
         advantages: ``(B, T)`` weight of each token in the policy's gradient.
         returns: ``(B, T, K)`` the critic's targets.
@@ -75,6 +87,7 @@ class Experience:
     completion_mask: Tensor
     support: Tensor
     old_logprobs: Tensor
+    ref_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
@@ -83,21 +96,25 @@ class Experience:
         _check_record(self)
 
     @classmethod
-    def from_rollout(cls, rollout: Rollout, advantages: Tensor, returns: Tensor) -> "Experience":
+    def from_rollout(
+        cls, rollout: Rollout, advantages: Tensor, returns: Tensor, mask: Tensor | None = None
+    ) -> "Experience":
         """The rollout's tokens with what the estimator made of its rewards.
 
         Args:
             rollout: The rollout.
             advantages: ``(B, T)``.
             returns: ``(B, T, K)``.
+            mask: ``(B, T)`` the tokens that are learned from (default: all that count).
         """
         return cls(
             prompt_ids=rollout.prompt_ids,
             prompt_mask=rollout.prompt_mask,
             completion_ids=rollout.completion_ids,
-            completion_mask=rollout.completion_mask,
+            completion_mask=rollout.completion_mask if mask is None else mask,
             support=rollout.support,
             old_logprobs=rollout.logprobs,
+            ref_logprobs=rollout.ref_logprobs,
             old_values=rollout.values,
             advantages=advantages,
             returns=returns,
@@ -128,7 +145,7 @@ def trim(record: Record) -> Record:
     columns = {}
     for f in fields(record):  # type: ignore[arg-type]
         tensor = getattr(record, f.name)
-        if tensor.ndim > 1:
+        if tensor.ndim > 1 and f.name != "bootstrap_values":
             columns[f.name] = tensor[:, first:] if f.name.startswith("prompt") else tensor[:, :last]
     return replace(record, **columns)  # type: ignore[type-var]
 
@@ -149,6 +166,8 @@ def _check_record(record: Rollout | Experience) -> None:
             expected: tuple[int, ...] = (n_rows, n_prompt)
         elif f.name == "ended":
             expected = (n_rows,)
+        elif f.name == "bootstrap_values":
+            expected = (n_rows, n_streams)
         elif f.name == "support":
             expected = (n_rows, n_time, tensor.shape[-1])
         elif f.name in ("values", "old_values", "returns", "scores"):

@@ -1,4 +1,4 @@
-"""The coefficient of the KL penalty to the reference policy, fixed or adapted to a target."""
+"""Coefficients of KL penalties, fixed or adapted to a target: to the reference policy, and to the old policy."""
 
 import math
 from dataclasses import dataclass
@@ -60,4 +60,45 @@ class AdaptiveKL:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Continue from a saved coefficient."""
+        self.coef = float(state["coef"])
+
+
+@dataclass
+class AdaptiveBeta:
+    """The price of a nat between old and new policy: Schulman et al. 2017 (arXiv 1707.06347), section 4; N17.
+
+    After each update, with ``kl`` the mean KL(old || new) per token that it caused::
+
+        beta = beta / 2  if kl < target / 1.5
+        beta = beta * 2  if kl > target * 1.5
+
+    Args:
+        coef: First beta.
+        target: KL per update to aim at, in nats per token. None: beta stays.
+    """
+
+    coef: float
+    target: float | None
+    lowest: float = 1e-6
+    highest: float = 1e6
+
+    def update(self, kl: float) -> None:
+        """Make the next update shorter or longer.
+
+        Raises:
+            ValueError: ``kl`` is not finite; beta is left as it was.
+        """
+        if not math.isfinite(kl):
+            raise ValueError(f"KL(old || new)={kl} is not finite: the update has broken the policy.")
+        if self.target is None:
+            return
+        factor = 0.5 if kl < self.target / 1.5 else 2.0 if kl > self.target * 1.5 else 1.0
+        self.coef = min(max(self.coef * factor, self.lowest), self.highest)
+
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs."""
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from a saved beta."""
         self.coef = float(state["coef"])

@@ -39,9 +39,19 @@ METRICS = {
     "return/std": "standard deviation of the same",
     "value/mean": "mean value the critic gave at sampling",
     "explained_variance": "1 - Var[returns - values] / Var[returns], with the values at sampling",
+    "critic/explained_variance": "the same against Monte-Carlo returns (rewards-to-go), mean over reward streams",
+    "critic/trusted": "with baseline=auto: share of reward streams whose critic was used, not the batch mean",
     "policy_loss": "mean policy loss over the update's steps",
     "value_loss": "mean value loss over the update's steps",
     "approx_kl": "k3 estimate of KL(old || new), mean over the update's tokens, in nats per token",
+    "policy_kl": "with objective=kl_penalty: the same KL after the whole update",
+    "policy_kl_coef": "with objective=kl_penalty: beta, the price of that KL in this iteration's loss",
+    "kl_loss": "with the KL to the reference in the loss: its estimate there, mean over the update's tokens",
+    "trpo/kl": "with objective=trpo: exact mean KL(old || new) per token of the step taken",
+    "trpo/expected_improvement": "rise of the surrogate that the gradient promised for the whole step",
+    "trpo/improvement": "rise of the surrogate by the step taken",
+    "trpo/step_fraction": "share of the whole step that the line search took; 0: none",
+    "trpo/cg_residual": "relative residual of the conjugate gradients",
     "clip_frac": "share of tokens whose ratio left the clip range",
     "value_clip_frac": "share of tokens whose value moved further than value_clip_range",
     "ratio": "mean ratio of new to old probability",
@@ -91,7 +101,7 @@ def rollout_metrics(scored: ScoredRollout, names: list[str], *, kl_coef: float) 
     return scored.metrics | metrics
 
 
-def advantage_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
+def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
     """How good the critic was when the batch was sampled, and what it will be taught.
 
     Args:
@@ -100,10 +110,7 @@ def advantage_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str
         mask: ``(B, T)``.
     """
     value, target = values.sum(dim=-1), returns.sum(dim=-1)
-    error = target - value
     return {
-        "advantage/mean": masked_mean(error, mask).item(),
-        "advantage/std": masked_var(error, mask).sqrt().item(),
         "return/mean": masked_mean(target, mask).item(),
         "return/std": masked_var(target, mask).sqrt().item(),
         "value/mean": masked_mean(value, mask).item(),

@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
+from lmppo.experience import select_rows, trim
+from lmppo.functional import token_logprobs
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -105,6 +108,7 @@ class ActorCritic(nn.Module):
         self.policy = policy
         self.critic = critic
         self.value_head = None
+        self.n_streams = n_streams
         if critic is None:
             self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, n_streams, dtype=torch.float32)
             nn.init.zeros_(self.value_head.weight)
@@ -132,7 +136,8 @@ class ActorCritic(nn.Module):
         completion_ids: Tensor,
         completion_mask: Tensor,
         values_only: bool = False,
-    ) -> tuple[Tensor | None, Tensor]:
+        policy_only: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Logits of the distributions the completion's tokens were drawn from, and the values of those states.
 
         Args:
@@ -141,10 +146,11 @@ class ActorCritic(nn.Module):
             completion_ids: ``(B, T)``.
             completion_mask: ``(B, T)``.
             values_only: The policy is frozen: no logits, and no gradient reaches the trunk.
+            policy_only: The critic is left alone: no values.
 
         Returns:
-            ``logits (B, T, V)`` (None if ``values_only``) and ``values (B, T, K)``; position t of both is the state
-            before token t.
+            ``logits (B, T, V)`` (None if ``values_only``) and ``values (B, T, K)`` (None if ``policy_only``); position
+            t of both is the state before token t.
         """
         input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
         attention_mask = attention_mask_of(prompt_mask, completion_mask)
@@ -154,9 +160,26 @@ class ActorCritic(nn.Module):
         if not values_only or self.critic is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not values_only):
                 logits, hidden = causal_forward(self.policy, input_ids, attention_mask, n_completion)
+        if policy_only:
+            return logits, None
         if self.critic is None:
             return (None if values_only else logits), self.value_of(hidden)
         return logits, self.critic_values(input_ids, attention_mask, n_completion)
+
+    def last_values(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
+    ) -> Tensor:
+        """``(B, K)`` values of the state after each row's last counted token; shapes as in :meth:`forward`."""
+        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
+        attention_mask = attention_mask_of(prompt_mask, completion_mask)
+        last = (attention_mask * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(dim=1)
+        rows = torch.arange(len(last), device=last.device)
+        if self.critic is not None:
+            return self.critic(**_inputs(self.critic, input_ids, attention_mask)).logits[rows, last].float()
+        out = self.policy(
+            **_inputs(self.policy, input_ids, attention_mask), output_hidden_states=True, logits_to_keep=1
+        )
+        return self.value_of(out.hidden_states[-1][rows, last])
 
     def value_of(self, hidden: Tensor) -> Tensor:
         """The shared trunk's value head, in float32 whatever the autocast: ``(..., H) -> (..., K)``."""
@@ -185,6 +208,26 @@ def causal_forward(model: Any, input_ids: Tensor, attention_mask: Tensor, n_comp
     """
     out = model(**_inputs(model, input_ids, attention_mask), output_hidden_states=True, logits_to_keep=n_completion + 1)
     return out.logits[:, :-1], out.hidden_states[-1][:, -n_completion - 1 : -1]
+
+
+@torch.no_grad()
+def score_tokens(logits_of: Any, record: Any, temperature: float, micro_batch_size: int) -> Tensor:
+    """``(B, T)`` log-probabilities of sampled tokens under a model, a few rows at a time; 0 where the mask is False.
+
+    Args:
+        logits_of: ``(prompt_ids, prompt_mask, completion_ids, completion_mask) -> (B, T, V)``.
+        record: The tokens, with those fields and ``support``.
+        temperature: Divides the logits.
+        micro_batch_size: Rows per forward pass.
+    """
+    result = torch.zeros(record.completion_ids.shape, device=record.completion_ids.device)
+    for start in range(0, len(result), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        micro = trim(select_rows(record, rows))
+        logits = logits_of(micro.prompt_ids, micro.prompt_mask, micro.completion_ids, micro.completion_mask)
+        logprobs = token_logprobs(logits, micro.completion_ids, temperature=temperature, support=micro.support)
+        result[rows, : logprobs.shape[1]] = torch.where(micro.completion_mask, logprobs, 0.0)
+    return result
 
 
 def _inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lmppo.classifier_reward import ClassifierReward
+from lmppo.config import RewardStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,8 +62,8 @@ class Scores:
     """What the reward functions gave for ``B`` completions.
 
     Attributes:
-        token_scores: ``(B, width)`` float32, the weighted sum of all functions: a number for the whole completion
-            stands on its last token, rewards per token stand on their tokens.
+        token_scores: ``(B, width, K)`` float32, each stream's weighted sum of its functions: a number for the whole
+            completion stands on its last token, rewards per token stand on their tokens.
         per_function: ``(B, F)`` float32, each function's unweighted total per completion, NaN where it gave ``None``.
         metrics: The mean of each metric that functions logged with ``log_metric``.
         extras: The columns that functions logged with ``log_extra``, ``B`` values each.
@@ -75,9 +76,9 @@ class Scores:
 
     def __post_init__(self) -> None:
         n_rows = self.token_scores.shape[0]
-        for name in ("token_scores", "per_function"):
+        for name, ndim in (("token_scores", 3), ("per_function", 2)):
             tensor = getattr(self, name)
-            if tensor.ndim != 2 or tensor.shape[0] != n_rows or tensor.dtype != torch.float32:
+            if tensor.ndim != ndim or tensor.shape[0] != n_rows or tensor.dtype != torch.float32:
                 raise ValueError(
                     f"Scores.{name} is {tensor.dtype} {tuple(tensor.shape)}; expected float32 ({n_rows}, ...)."
                 )
@@ -95,6 +96,8 @@ class RewardSet:
         reward_weights: One weight per function (default: 1 each).
         reward_processing_classes: The tokenizer of each classifier, ``None`` for a function (default: the saved ones).
         device: Where classifiers given by name or as models score.
+        stream_of: The reward stream of each function (default: all in one).
+        n_streams: Number of streams ``K``.
 
     Raises:
         ValueError: No function is given, the counts do not match, or a classifier cannot be used.
@@ -107,6 +110,8 @@ class RewardSet:
         reward_weights: Sequence[float] | None = None,
         reward_processing_classes: "PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None" = None,
         device: torch.device | str | None = None,
+        stream_of: Sequence[int] | None = None,
+        n_streams: int = 1,
     ) -> None:
         functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not functions:
@@ -125,6 +130,36 @@ class RewardSet:
             raise ValueError(f"reward_weights={self.weights} must be finite numbers.")
         self._functions = [_as_function(f, t, device) for f, t in zip(functions, tokenizers, strict=True)]
         self.names = _unique_names(self._functions)
+        self.stream_of = list(stream_of) if stream_of is not None else [0] * len(functions)
+        self.n_streams = n_streams
+
+    @classmethod
+    def from_streams(
+        cls,
+        streams: Sequence[RewardStream],
+        reward_weights: Sequence[float] | None = None,
+        reward_processing_classes: Any = None,
+        device: torch.device | str | None = None,
+    ) -> "RewardSet":
+        """The functions of several streams, one stream after the other; a stream's weight multiplies its functions'.
+
+        Raises:
+            ValueError: Two streams share a name, or one (other than ``kl``, which must) has no reward functions.
+        """
+        names = [stream.name for stream in streams]
+        if len(set(names)) < len(names):
+            raise ValueError(f"reward streams must have different names, got {', '.join(names)}.")
+        for stream in streams:
+            if bool(stream.reward_funcs) == (stream.name == "kl"):
+                raise ValueError(
+                    f"reward stream {stream.name!r} has {len(stream.reward_funcs)} reward_funcs: the stream 'kl' has "
+                    f"none (it holds the KL penalty), any other at least one."
+                )
+        stream_of = [k for k, stream in enumerate(streams) for _ in stream.reward_funcs]
+        functions = [function for stream in streams for function in stream.reward_funcs]
+        rewards = cls(functions, reward_weights, reward_processing_classes, device, stream_of, len(streams))
+        rewards.weights = [w * streams[k].weight for w, k in zip(rewards.weights, stream_of, strict=True)]
+        return rewards
 
     def score(
         self,
@@ -137,7 +172,7 @@ class RewardSet:
     ) -> Scores:
         """Call every function on copies of the batch, check what it returns, and add it up per token.
 
-            token_scores[b, t] = sum_f weight_f * reward_f[b, t]
+            token_scores[b, t, k] = sum_{f in stream k} weight_f * reward_f[b, t]
 
         A number for the whole completion counts as a reward on its last token, ``None`` as no reward. Python's,
         numpy's and torch's random states are the same after the call as before.
@@ -164,12 +199,15 @@ class RewardSet:
         with _own_randomness(_global_step(trainer_state)):
             returned = self._call_all(batch, trainer_state, log)
 
-        tokens = torch.zeros(len(completions), width, dtype=torch.float64)
+        tokens = torch.zeros(len(completions), width, self.n_streams, dtype=torch.float64)
         totals = torch.full((len(completions), len(self.names)), math.nan, dtype=torch.float64)
         for f, (name, weight, values) in enumerate(zip(self.names, self.weights, returned, strict=True)):
+            stream = self.stream_of[f]
             for b, row in enumerate(_checked_rows(name, values, lengths, completions)):
                 if row is not None:
-                    tokens[b, lengths[b] - len(row) : lengths[b]] += weight * torch.tensor(row, dtype=torch.float64)
+                    tokens[b, lengths[b] - len(row) : lengths[b], stream] += weight * torch.tensor(
+                        row, dtype=torch.float64
+                    )
                     totals[b, f] = math.fsum(row)
         _check_totals(tokens, totals, completions)
         metrics = {name: math.fsum(values) / len(values) for name, values in log.metrics.items()}
@@ -345,7 +383,7 @@ def _check_totals(tokens: Tensor, totals: Tensor, completions: list) -> None:
             f"every reward function returned None for row {unscored[0]} (completion "
             f"{_excerpt(completions[unscored[0]])}): at least one must score each completion."
         )
-    overflown = (~tokens.float().isfinite()).any(dim=1).nonzero().flatten().tolist()
+    overflown = (~tokens.float().isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if overflown:
         raise ValueError(f"the weighted sum of rewards of row {overflown[0]} overflows float32: lower reward_weights.")
 

@@ -13,9 +13,9 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from lmppo.config import PPOConfig
-from lmppo.experience import Rollout, select_rows, trim
-from lmppo.functional import token_logprobs
-from lmppo.models import ActorCritic, Reference
+from lmppo.experience import Rollout, StepZeroError, select_rows, trim
+from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3
+from lmppo.models import ActorCritic, Reference, score_tokens
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
 from lmppo.rewards import RewardSet, Scores
 from lmppo.sampling import ROLLOUT, Samples, SamplingParams, sample, uniform_noise
@@ -69,7 +69,7 @@ def collect_rollout(
         reference: The reference policy.
         rewards: The reward functions.
         prompts: The global batch; this process works on its share.
-        config: Gives ``seed`` and ``micro_batch_size``.
+        config: Gives ``seed``, ``micro_batch_size``, ``kl_estimator`` and ``truncation``.
         tokenizer: The policy's tokenizer.
         params: The distribution to sample.
         accelerator: Tells the processes apart.
@@ -90,18 +90,25 @@ def collect_rollout(
     noise = uniform_noise(config.seed, iteration, rows, params.max_completion_length, purpose=purpose)
     with accelerator.autocast():
         samples = sample(actor_critic, prompt_ids, prompt_mask, noise, params)
-        ref_logprobs = score_samples(reference.logits, samples, params.temperature, config.micro_batch_size)
+        ref_logprobs = score_tokens(reference.logits, samples, params.temperature, config.micro_batch_size)
         logprobs = samples.logprobs
         if accelerator.mixed_precision != "no":  # the sampler's matrix shapes round differently from the update's
-            logprobs = score_samples(
-                lambda *batch: actor_critic(*batch)[0], samples, params.temperature, config.micro_batch_size
+            logprobs = score_tokens(
+                lambda *batch: actor_critic(*batch, policy_only=True)[0],
+                samples,
+                params.temperature,
+                config.micro_batch_size,
             )
+        kl_penalty = _kl_penalty(actor_critic, reference, samples, logprobs, ref_logprobs, config)
+        bootstrap_values = _bootstrap_values(actor_critic, samples, config)
     scores = _score(rewards, mine, samples, tokenizer, trainer_state, accelerator)
     rollout = Rollout(
         **{f.name: getattr(samples, f.name) for f in fields(samples) if f.name != "logprobs"},
         logprobs=logprobs,
         ref_logprobs=ref_logprobs,
-        scores=scores.token_scores[..., None].to(accelerator.device),
+        scores=scores.token_scores.to(accelerator.device),
+        kl_penalty=kl_penalty,
+        bootstrap_values=bootstrap_values,
     )
     rollout = gather_rows(rollout, accelerator)
     return ScoredRollout(
@@ -115,23 +122,56 @@ def collect_rollout(
 
 
 @torch.no_grad()
-def score_samples(logits_of: Any, samples: Samples, temperature: float, micro_batch_size: int) -> Tensor:
-    """``(B, T)`` log-probabilities of sampled tokens under a model, a few rows at a time; 0 where the mask is False.
-
-    Args:
-        logits_of: ``(prompt_ids, prompt_mask, completion_ids, completion_mask) -> (B, T, V)``.
-        samples: The samples.
-        temperature: Divides the logits.
-        micro_batch_size: Rows per forward pass.
-    """
-    result = torch.zeros_like(samples.logprobs)
-    for start in range(0, len(result), micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
+def _kl_penalty(
+    model: ActorCritic,
+    reference: Reference,
+    samples: Samples,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    config: PPOConfig,
+) -> Tensor:
+    """``(B, T)`` the KL to the reference per token, by the configured estimator; the exact one a few rows at a time."""
+    if config.kl_estimator != "exact":
+        estimator = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[config.kl_estimator]
+        return torch.where(samples.completion_mask, estimator(logprobs, ref_logprobs), 0.0)
+    result = torch.zeros_like(logprobs)
+    for start in range(0, len(result), config.micro_batch_size):
+        rows = slice(start, start + config.micro_batch_size)
         micro = trim(select_rows(samples, rows))
-        logits = logits_of(micro.prompt_ids, micro.prompt_mask, micro.completion_ids, micro.completion_mask)
-        logprobs = token_logprobs(logits, micro.completion_ids, temperature=temperature, support=micro.support)
-        result[rows, : logprobs.shape[1]] = torch.where(micro.completion_mask, logprobs, 0.0)
+        batch = (micro.prompt_ids, micro.prompt_mask, micro.completion_ids, micro.completion_mask)
+        logits, _ = model(*batch, policy_only=True)
+        kl = exact_kl(logits, reference.logits(*batch), temperature=config.temperature, support=micro.support)
+        result[rows, : kl.shape[1]] = torch.where(micro.completion_mask, kl, 0.0)
     return result
+
+
+@torch.no_grad()
+def _bootstrap_values(model: ActorCritic, samples: Samples, config: PPOConfig) -> Tensor:
+    """``(B, K)`` values of the last states of the rows that were cut, if asked; one more forward pass, of those only."""
+    result = samples.values.new_zeros(len(samples.ended), samples.values.shape[-1])
+    cut = (~samples.ended).nonzero().flatten()
+    if config.truncation == "bootstrap":
+        for rows in cut.split(config.micro_batch_size):
+            micro = trim(select_rows(samples, rows))
+            batch = (micro.prompt_ids, micro.prompt_mask, micro.completion_ids, micro.completion_mask)
+            result[rows] = model.last_values(*batch)
+    return result
+
+
+def check_kl_zero(rollout: Rollout, tolerance: float) -> None:
+    """Before any update the policy is the reference, and every token's KL is 0.
+
+    Raises:
+        StepZeroError: It is not, by more than ``tolerance`` nats.
+    """
+    worst = rollout.kl_to_ref.abs().max().item()
+    if worst > tolerance:
+        raise StepZeroError(
+            f"Before any update the policy and the reference differ by up to {worst:.2e} nats on a token (allowed: "
+            f"{tolerance:.0e}), though they are the same weights. Usual causes: a model whose output depends on the "
+            f"batch or on padding, weights changed after the trainer was built, an adapter that does not start at zero. "
+            f"If it is rounding, raise step_zero_tolerance."
+        )
 
 
 def decode_completions(tokenizer: Any, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:

@@ -11,8 +11,8 @@ from lmppo.checkpoint import CheckpointError, list_checkpoints, newest_valid_che
 # Settings that may differ when a run is continued: they change what is shown and kept, not what is learned.
 FREE_SETTINGS = {
     "output_dir", "max_steps", "resume_from_checkpoint", "use_cpu", "cpu_threads", "micro_batch_size",
-    "logging_steps", "eval_steps", "eval_completions", "save_steps", "save_total_limit", "log_completions",
-    "report_to", "run_name", "disable_tqdm",
+    "logging_steps", "eval_steps", "eval_completions", "save_steps", "save_rollouts", "save_total_limit",
+    "log_completions", "report_to", "run_name", "disable_tqdm",
 }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def sample(
         NonFiniteError: The policy's logits are NaN or infinite.
     """
     device, n_rows, n_time = prompt_ids.device, prompt_ids.shape[0], params.max_completion_length
-    n_streams = model.value_head.out_features if model.value_head is not None else 1
+    n_streams = model.n_streams
     ids = torch.zeros(n_rows, n_time, dtype=torch.long, device=device)
     mask = torch.zeros(n_rows, n_time, dtype=torch.bool, device=device)
     logprobs = torch.zeros(n_rows, n_time, device=device)

@@ -1,6 +1,7 @@
 """The learning rate as a pure function of the iteration: nothing to save, nothing to step twice."""
 
 import math
+from dataclasses import dataclass
 
 from lmppo.config import PPOConfig
 
@@ -24,3 +25,32 @@ def learning_rate_at(iteration: int, base: float, config: PPOConfig) -> float:
     if config.lr_scheduler_type == "cosine":
         return base * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
     return base
+
+
+@dataclass
+class CriticWarmup:
+    """The first iterations, in which the policy is frozen and only the critic learns (VC-PPO, arXiv 2503.01491).
+
+    Args:
+        steps: Iterations it lasts at most.
+        explained_variance: It ends once the critic explains this share of a batch's Monte-Carlo returns. None: it lasts
+            all its steps.
+    """
+
+    steps: int
+    explained_variance: float | None = None
+    over: bool = False
+
+    def freezes(self, iteration: int, explained_variance: float) -> bool:
+        """Whether the policy is frozen in this iteration, whose batch the critic explained so well."""
+        enough = self.explained_variance is not None and explained_variance >= self.explained_variance
+        self.over = self.over or enough or iteration >= self.steps
+        return not self.over
+
+    def state_dict(self) -> dict[str, bool]:
+        """What a resumed run needs."""
+        return {"over": self.over}
+
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        """Continue from a saved state."""
+        self.over = bool(state["over"])

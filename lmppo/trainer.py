@@ -1,41 +1,46 @@
 """PPOTrainer: the short loop that joins prompts, rollout, estimator and update; every stage is public."""
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import accelerate
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from lmppo import checkpoint as ckpt
 from lmppo.build import (
+    describe_environment,
     describe_model,
     load_tokenizer,
     make_accelerator,
+    make_actor_critic,
     make_kl_control,
     make_optimizer,
     make_prompt_encoder,
     make_sampling_params,
+    make_streams,
 )
-from lmppo.config import PPOConfig
+from lmppo.config import PPOConfig, RewardStream
 from lmppo.estimators import estimate, shape_rewards
 from lmppo.experience import Experience
-from lmppo.metrics import MetricsFile, advantage_metrics, rollout_metrics
-from lmppo.models import ActorCritic, Reference, load_critic, load_policy
+from lmppo.functional import approx_kl
+from lmppo.kl_control import AdaptiveBeta
+from lmppo.metrics import MetricsFile, critic_metrics, rollout_metrics
+from lmppo.models import ActorCritic, Reference, load_policy
+from lmppo.objectives import Penalties
 from lmppo.prompts import PromptStream
 from lmppo.rewards import RewardSet
-from lmppo.rollout import ScoredRollout, collect_rollout
+from lmppo.rollout import ScoredRollout, check_kl_zero, collect_rollout
 from lmppo.run_dir import changed_settings, discard_unsaved, find_resume_point, write_run_config
 from lmppo.sampling import EVALUATION, ROLLOUT
-from lmppo.schedule import learning_rate_at
+from lmppo.saved_rollouts import save_rollouts
+from lmppo.schedule import CriticWarmup, learning_rate_at
 from lmppo.tables import print_completions
-from lmppo.update import STEP_ZERO_TOLERANCE, StepZeroError, ppo_update
+from lmppo.update import STEP_ZERO_TOLERANCE, logprobs_now, ppo_update
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -57,6 +62,8 @@ class PPOTrainer:
         ref_model: The reference, if it is not the policy as it is now.
         critic: None: a value head on the policy's trunk. Otherwise a token-classification model, or a model's name.
         callbacks: transformers callbacks.
+        reward_streams: In place of ``reward_funcs``: several kinds of reward, each with its own discount and its own
+            output of the critic (:class:`lmppo.RewardStream`, or its fields as a dict).
 
     Raises:
         ValueError: The arguments do not fit together; the message names the culprit and the remedy.
@@ -67,7 +74,7 @@ class PPOTrainer:
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: Callable | str | PreTrainedModel | Sequence[Callable | str | PreTrainedModel],
+        reward_funcs: Callable | str | PreTrainedModel | Sequence[Callable | str | PreTrainedModel] | None = None,
         args: PPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -77,6 +84,7 @@ class PPOTrainer:
         ref_model: PreTrainedModel | str | None = None,
         critic: PreTrainedModel | str | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        reward_streams: Sequence[RewardStream | dict] | None = None,
     ) -> None:
         self.args = args if args is not None else PPOConfig()
         if not isinstance(self.args, PPOConfig):
@@ -93,8 +101,9 @@ class PPOTrainer:
         self.reference = Reference(policy, None if ref_model is None else ref_model.to(self.accelerator.device))
         # A trained adapter that the user brings differs from the reference before any step; anything else may not.
         self._kl_starts_at_zero = ref_model is None and (peft_config is not None or not hasattr(policy, "peft_config"))
-        self.rewards = RewardSet(
-            reward_funcs, self.args.reward_weights, reward_processing_classes, device=self.accelerator.device
+        self.streams = make_streams(reward_funcs, reward_streams)
+        self.rewards = RewardSet.from_streams(
+            self.streams, self.args.reward_weights, reward_processing_classes, device=self.accelerator.device
         )
         self.params = make_sampling_params(self.args, self.processing_class, policy)
         encoder = make_prompt_encoder(self.processing_class, policy, self.args)
@@ -103,13 +112,16 @@ class PPOTrainer:
         if self.args.eval_steps is not None and self.eval_prompts is None:
             raise ValueError(f"eval_steps={self.args.eval_steps} needs an eval_dataset.")
 
-        actor_critic = ActorCritic(policy, None if critic is None else load_critic(critic, policy))
+        actor_critic = make_actor_critic(policy, critic, self.args, n_streams=len(self.streams))
         optimizer: Any = make_optimizer(actor_critic, self.args)
         self.model, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
         self.kl_control = make_kl_control(self.args)
+        self.beta = AdaptiveBeta(self.args.policy_kl_coef, self.args.policy_kl_target)
+        self.warmup = CriticWarmup(self.args.critic_warmup_steps, self.args.critic_warmup_explained_variance)
         self.metrics_file = MetricsFile(Path(self.args.output_dir) / "metrics.jsonl")
         self.completions_file = MetricsFile(Path(self.args.output_dir) / "completions.jsonl")
         self.num_tokens = 0
+        self.newest: dict[str, Any] | None = None
         self.state = TrainerState(
             max_steps=self.args.max_steps,
             is_local_process_zero=self.accelerator.is_local_main_process,
@@ -147,7 +159,7 @@ class PPOTrainer:
         )
         for iteration in range(first, self.args.max_steps):
             self._fire("on_step_begin")
-            row = self.step(iteration, check_step_zero=iteration in (first, self.args.critic_warmup_steps))
+            row = self.step(iteration, check_step_zero=iteration == first)
             bar.update()
             bar.set_postfix_str(
                 f"reward {row['reward']:.3f}, kl {row['kl_to_ref']:.2f}, ev {row['explained_variance']:.2f}, "
@@ -177,12 +189,15 @@ class PPOTrainer:
         scored = self.rollout(prompts, iteration)
         sampled = time.perf_counter()
 
-        rollout, kl_coef = scored.rollout, self.kl_control.coef
+        rollout, kl_coef, beta = scored.rollout, self.kl_control.coef, self.beta.coef
         if check_step_zero and iteration == 0 and self._kl_starts_at_zero:
-            self._check_kl_zero(scored)
-        rewards = shape_rewards(rollout, kl_coef=kl_coef)
-        advantages, returns = estimate(rollout, rewards, args)
-        experience = Experience.from_rollout(rollout, advantages, returns)
+            check_kl_zero(rollout, self._tolerance)
+        rewards = shape_rewards(rollout, args, self.streams, kl_coef=kl_coef)
+        estimated = estimate(rollout, rewards, args, self.streams)
+        experience = Experience.from_rollout(rollout, estimated.advantages, estimated.returns, estimated.mask)
+        was_frozen = not self.warmup.over
+        self.newest = {"scored": scored, "experience": experience, "rewards": rewards, "kl_coef": kl_coef}
+        frozen = self.warmup.freezes(iteration, estimated.metrics.get("critic/explained_variance", 0.0))
         stats = ppo_update(
             self.model,
             self.optimizer,
@@ -190,10 +205,16 @@ class PPOTrainer:
             args,
             self.accelerator,
             iteration=iteration,
-            first_ratio_tolerance=self._tolerance if check_step_zero else None,
+            policy_frozen=frozen,
+            penalties=Penalties(beta, kl_coef * estimated.scale if args.kl_in_loss else 0.0, self.reference),
+            first_ratio_tolerance=self._tolerance if check_step_zero or was_frozen else None,
         )
-        row = rollout_metrics(scored, self.rewards.names, kl_coef=kl_coef) | stats
-        row |= advantage_metrics(rollout.values, returns, rollout.completion_mask)
+        if args.objective == "kl_penalty" and not frozen:
+            new = logprobs_now(self.model, experience, args, self.accelerator)
+            stats["policy_kl_coef"], stats["policy_kl"] = beta, approx_kl(new, rollout.logprobs, estimated.mask).item()
+            self.beta.update(stats["policy_kl"])
+        row = rollout_metrics(scored, self.rewards.names, kl_coef=kl_coef) | stats | estimated.metrics
+        row |= critic_metrics(rollout.values, estimated.returns, rollout.completion_mask)
         self.kl_control.update(row["kl_to_ref"], args.rollout_batch_size)
 
         n_tokens, seconds = int(rollout.completion_mask.sum()), time.perf_counter() - started
@@ -252,36 +273,37 @@ class PPOTrainer:
         An adapter is merged, and also kept as it is in ``adapter/``. Files of the same names are replaced when the new
         ones are whole; whatever else is in ``output_dir`` stays.
         """
-        target = Path(output_dir)
         if self.accelerator.is_main_process:
-            temporary = target.with_name(f".tmp-{target.name}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            ckpt.export_model(self.actor_critic, temporary, self.processing_class)
-            if target.exists():
-                shutil.copytree(temporary, target, dirs_exist_ok=True)
-                shutil.rmtree(temporary)
-            else:
-                temporary.rename(target)
+            ckpt.replace_model(self.actor_critic, Path(output_dir), self.processing_class)
         self.accelerator.wait_for_everyone()
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the present step, and delete the oldest ones beyond ``save_total_limit``."""
+        keep = self._keep_rollouts()
         if self.accelerator.is_main_process:
             state = {
                 "step": self.state.global_step,
                 "num_tokens": self.num_tokens,
-                "prompts": self.prompts.state_dict(),
-                "kl_control": self.kl_control.state_dict(),
+                **{name: part.state_dict() for name, part in self._stateful().items()},
                 "settings": self._settings(),
-                "environment": self._environment(),
+                "environment": describe_environment(self.accelerator),
             }
             target = ckpt.checkpoint_dir(self.args.output_dir, self.state.global_step)
-            ckpt.save_checkpoint(target, self.actor_critic, self.optimizer.optimizer, state, self.processing_class)
+            ckpt.save_checkpoint(
+                target, self.actor_critic, self.optimizer.optimizer, state, self.processing_class, keep
+            )
             if self.args.save_total_limit is not None:
                 ckpt.prune_checkpoints(self.args.output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
         self._fire("on_save")
+
+    def _keep_rollouts(self) -> Callable[[Path], None] | None:
+        """What writes the newest rollout into a checkpoint, with its log-probabilities under the policy as it is now."""
+        if not self.args.save_rollouts or self.newest is None:
+            return None
+        new = logprobs_now(self.model, self.newest["experience"], self.args, self.accelerator)
+        keep = partial(save_rollouts, new_logprobs=new, config=self.args, tokenizer=self.processing_class)
+        return partial(keep, rows=self.args.save_rollouts, streams=self.streams, **self.newest)
 
     def _fire(self, event: str, **kwargs: Any) -> None:
         """Tell the callbacks, with the arguments transformers' Trainer gives them."""
@@ -312,15 +334,18 @@ class PPOTrainer:
         saved = ckpt.load_checkpoint(point, self.actor_critic, self.optimizer.optimizer)
         for name, (old, new) in changed_settings(saved["settings"], settings).items():
             self.accelerator.print(f"Resuming with another {name}: {old!r} before, {new!r} now.")
-        for name, new in self._environment().items():
+        for name, new in describe_environment(self.accelerator).items():
             if saved["environment"].get(name) != new:
                 old = saved["environment"].get(name)
                 self.accelerator.print(f"Resuming is valid but not bit-identical: {name} was {old!r} and is {new!r}.")
         self.state.global_step = saved["step"]
         self.num_tokens = saved["num_tokens"]
-        self.prompts.load_state_dict(saved["prompts"])
-        self.kl_control.load_state_dict(saved["kl_control"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(saved[name])
         self.accelerator.print(f"Resumed {point} at step {saved['step']}.")
+
+    def _stateful(self) -> dict[str, Any]:
+        return {"prompts": self.prompts, "kl_control": self.kl_control, "beta": self.beta, "warmup": self.warmup}
 
     def _finish_step(self, step: int, row: dict[str, float], scored: ScoredRollout) -> None:
         """Log what the iteration did."""
@@ -344,9 +369,9 @@ class PPOTrainer:
         columns = scores | {"kl": scored.rollout.kl_to_ref.sum(dim=1).tolist(), **scored.extras}
         rows = self.args.log_completions
         print_completions(f"Step {step}", scored.prompts, scored.completions, columns, rows=rows)
-        for i in range(min(rows, len(scored.completions))):
-            texts = {"step": step, "prompt": scored.prompts[i], "completion": scored.completions[i]}
-            self.completions_file.append(texts | {name: column[i] for name, column in columns.items()})
+        for i, text in enumerate(scored.completions[:rows]):
+            row = {"step": step, "prompt": scored.prompts[i], "completion": text}
+            self.completions_file.append(row | {name: column[i] for name, column in columns.items()})
 
     def _set_learning_rates(self, iteration: int) -> tuple[float, float]:
         bases = (self.args.learning_rate, self.args.critic_learning_rate or self.args.learning_rate)
@@ -359,29 +384,15 @@ class PPOTrainer:
     def _tolerance(self) -> float:
         return self.args.step_zero_tolerance or STEP_ZERO_TOLERANCE[self.accelerator.mixed_precision]
 
-    def _check_kl_zero(self, scored: ScoredRollout) -> None:
-        worst = scored.rollout.kl_to_ref.abs().max().item()
-        if worst > self._tolerance:
-            raise StepZeroError(
-                f"Before any update the policy and the reference differ by up to {worst:.2e} nats on a token (allowed: "
-                f"{self._tolerance:.0e}), though they are the same weights. Usual causes: a model whose output depends "
-                f"on the batch or on padding, weights changed after the trainer was built, an adapter that does not "
-                f"start at zero. If it is rounding, raise step_zero_tolerance."
-            )
-
     def _settings(self) -> dict[str, Any]:
-        return self.args.to_dict() | describe_model(self.actor_critic) | {"reward_funcs": self.rewards.names}
-
-    def _environment(self) -> dict[str, Any]:
-        return {
-            "num_processes": self.accelerator.num_processes,
-            "num_threads": torch.get_num_threads(),
-            "device": self.accelerator.device.type,
-            "mixed_precision": self.accelerator.mixed_precision,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-        }
+        return (
+            self.args.to_dict()
+            | describe_model(self.actor_critic)
+            | {
+                "reward_funcs": self.rewards.names,
+                "reward_streams": [[s.name, s.weight, s.gamma, s.lam, len(s.reward_funcs)] for s in self.streams],
+            }
+        )
 
 
 def _is_due(every: int | None, step: int) -> bool:

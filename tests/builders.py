@@ -34,15 +34,15 @@ def llama(seed=0, **kwargs):
 MODELS = {"gpt2": gpt2, "llama": llama}
 
 
-def critic_of(family="gpt2", seed=1, vocab_size=VOCAB):
+def critic_of(family="gpt2", seed=1, vocab_size=VOCAB, num_labels=1):
     """A critic that is a model of its own, of random weights, so that its values are not all alike."""
     torch.manual_seed(seed)
     ends = {"bos_token_id": EOS, "eos_token_id": EOS}
     if family == "gpt2":
         sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.2}
-        return GPT2ForTokenClassification(GPT2Config(vocab_size=vocab_size, num_labels=1, **ends, **sizes))
+        return GPT2ForTokenClassification(GPT2Config(vocab_size=vocab_size, num_labels=num_labels, **ends, **sizes))
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=vocab_size, num_labels=1, initializer_range=0.2, **ends, **sizes)
+    config = LlamaConfig(vocab_size=vocab_size, num_labels=num_labels, initializer_range=0.2, **ends, **sizes)
     return LlamaForTokenClassification(config)
 
 
@@ -80,11 +80,12 @@ def make_config(output_dir, **settings):
 
 def make_trainer(output_dir, *, model=None, reward=count_a, dataset=None, tokenizer=None, **rest):
     """A PPOTrainer; ``rest`` holds further arguments of the trainer and settings of the configuration."""
-    names = ("critic", "peft_config", "ref_model", "callbacks", "eval_dataset", "reward_processing_classes")
+    names = ("critic", "peft_config", "ref_model", "callbacks", "eval_dataset", "reward_processing_classes",
+             "reward_streams")  # fmt: skip
     arguments = {name: rest.pop(name) for name in names if name in rest}
     return PPOTrainer(
         model=gpt2() if model is None else model,
-        reward_funcs=reward,
+        reward_funcs=None if "reward_streams" in arguments else reward,
         args=make_config(output_dir, **rest),
         train_dataset=[{"prompt": p} for p in PROMPTS] if dataset is None else dataset,
         processing_class=letter_tokenizer() if tokenizer is None else tokenizer,
@@ -148,6 +149,7 @@ def make_experience(samples: Samples, seed=3) -> Experience:
         completion_mask=samples.completion_mask,
         support=samples.support,
         old_logprobs=samples.logprobs,
+        ref_logprobs=samples.logprobs + 0.3 * torch.randn(shape, generator=generator),
         old_values=samples.values,
         advantages=torch.randn(shape, generator=generator),
         returns=torch.randn(*shape, 1, generator=generator),

@@ -7,7 +7,8 @@ import torch
 from test_experience import make_rollout
 
 from lmppo import PPOConfig
-from lmppo.estimators import estimate, shape_rewards
+from lmppo.config import RewardStream
+from lmppo.estimators import estimate, select_stream, shape_rewards
 
 ROWS = ("11111", "11000", "10000", "11010")  # full, short, one token, a gap
 GAMMA, LAM = 0.9, 0.8
@@ -43,7 +44,8 @@ def by_definition(estimator, rewards, values):
 @pytest.mark.parametrize("estimator", ["gae", "rewards_to_go", "total_return", "immediate_rewards"])
 def test_each_estimator_is_its_definition(rollout, estimator):
     rewards = torch.randn(4, 5, 1, generator=torch.Generator().manual_seed(2))
-    advantages, returns = estimate(rollout, rewards, config(estimator))
+    result = estimate(rollout, rewards, config(estimator))
+    advantages, returns = result.advantages, result.returns
     for row in range(len(ROWS)):
         expected = by_definition(estimator, counted(rollout, rewards, row), counted(rollout, rollout.values, row))
         assert counted(rollout, advantages, row) == pytest.approx(expected[0], abs=1e-5)
@@ -53,11 +55,13 @@ def test_each_estimator_is_its_definition(rollout, estimator):
 
 def test_whitening_is_over_all_counted_tokens_of_the_batch(rollout):
     rewards = torch.randn(4, 5, 1, generator=torch.Generator().manual_seed(2))
-    plain, returns = estimate(rollout, rewards, config("gae"))
-    white, same_returns = estimate(rollout, rewards, config("gae", whiten_advantages=True))
-    x = plain[rollout.completion_mask]
-    torch.testing.assert_close(white[rollout.completion_mask], (x - x.mean()) / x.std(correction=0))
-    assert torch.equal(returns, same_returns), "the critic's targets keep their unit"
+    plain = estimate(rollout, rewards, config("gae"))
+    white = estimate(rollout, rewards, config("gae", whiten_advantages=True))
+    x = plain.advantages[rollout.completion_mask]
+    torch.testing.assert_close(white.advantages[rollout.completion_mask], (x - x.mean()) / x.std(correction=0))
+    assert plain.scale == 1.0 and white.scale == pytest.approx(1 / x.std(correction=0).item(), rel=1e-5)
+    assert plain.metrics == white.metrics and plain.metrics["advantage/mean"] == pytest.approx(x.mean().item())
+    assert torch.equal(plain.returns, white.returns), "the critic's targets keep their unit"
 
 
 def test_padding_never_matters(rollout):
@@ -68,23 +72,20 @@ def test_padding_never_matters(rollout):
         settings = config(estimator, whiten_advantages=True)
         clean = estimate(rollout, rewards, settings)
         dirty = estimate(poisoned, torch.where(poison, rewards, 1e30), settings)
-        assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True)), estimator
+        assert torch.equal(clean.advantages, dirty.advantages) and torch.equal(clean.returns, dirty.returns), estimator
 
 
 def test_two_streams_are_two_estimates_that_share_the_policy():
     """Each stream has a critic of its own; the policy gets the sum, and only the first pays for KL."""
     rollout = make_rollout(prompt=("11",) * 4, completion=ROWS, streams=2)
-    rewards = shape_rewards(rollout, kl_coef=0.5)
+    rewards = shape_rewards(rollout, config("gae"), kl_coef=0.5)
     mask = rollout.completion_mask
-    torch.testing.assert_close(rewards[mask][:, 0], rollout.scores[mask][:, 0] - 0.5 * rollout.kl_to_ref[mask])
+    torch.testing.assert_close(rewards[mask][:, 0], rollout.scores[mask][:, 0] - 0.5 * rollout.kl_penalty[mask])
     torch.testing.assert_close(rewards[mask][:, 1], rollout.scores[mask][:, 1])
-    advantages, returns = estimate(rollout, rewards, config("gae"))
-    parts = []
-    for k in range(2):
-        one = dataclasses.replace(rollout, values=rollout.values[..., k : k + 1], scores=rollout.scores[..., k : k + 1])
-        parts.append(estimate(one, rewards[..., k : k + 1], config("gae")))
-    torch.testing.assert_close(advantages, parts[0][0] + parts[1][0])
-    torch.testing.assert_close(returns, torch.cat([parts[0][1], parts[1][1]], dim=-1))
+    both = estimate(rollout, rewards, config("gae"))
+    parts = [estimate(select_stream(rollout, k), rewards[..., k : k + 1], config("gae")) for k in range(2)]
+    torch.testing.assert_close(both.advantages, parts[0].advantages + parts[1].advantages)
+    torch.testing.assert_close(both.returns, torch.cat([part.returns for part in parts], dim=-1))
 
 
 def test_a_score_on_the_last_token_and_a_penalty_on_every_token():
@@ -93,9 +94,150 @@ def test_a_score_on_the_last_token_and_a_penalty_on_every_token():
     scores = torch.zeros(3, 4, 1)
     for row, last in enumerate((3, 1, 0)):
         scores[row, last] = 10.0 + row
-    rewards = shape_rewards(dataclasses.replace(rollout, scores=scores), kl_coef=0.1)[..., 0]
+    rewards = shape_rewards(dataclasses.replace(rollout, scores=scores), config("gae"), kl_coef=0.1)[..., 0]
     for row, last in enumerate((3, 1, 0)):
-        kl = (rollout.logprobs - rollout.ref_logprobs)[row]
+        kl = rollout.kl_penalty[row]
         expected = [-0.1 * kl[t].item() + (10.0 + row if t == last else 0.0) for t in range(last + 1)]
         assert rewards[row, : last + 1].tolist() == pytest.approx(expected, abs=1e-5)
         assert rewards[row, last + 1 :].eq(0).all()
+
+
+# --- baselines, lambdas, truncation ----------------------------------------------------------------------------------
+
+ESTIMATORS = ["rewards_to_go", "total_return", "immediate_rewards"]
+
+
+@pytest.fixture
+def rewards():
+    return torch.randn(4, 5, 1, generator=torch.Generator().manual_seed(2))
+
+
+def unbased(estimator, rollout, rewards):
+    """Each row's weights, nothing subtracted, by the definition above with a critic that says 0."""
+    rows = range(len(ROWS))
+    return [by_definition(estimator, r := counted(rollout, rewards, i), [0.0] * len(r))[0] for i in rows]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_baselines_without_a_critic_are_their_definitions(rollout, rewards, estimator):
+    weights = unbased(estimator, rollout, rewards)
+    everyone = [w for row in weights for w in row]
+    means = [sum(row) / len(row) for row in weights]
+    baselines = {
+        "none": [0.0] * 4,
+        "batch_mean": [sum(everyone) / len(everyone)] * 4,
+        "leave_one_out": [means[1], means[0], means[3], means[2]],
+    }
+    for name, expected in baselines.items():
+        got = estimate(rollout, rewards, config(estimator, baseline=name, num_generations=2))
+        for i, row in enumerate(weights):
+            assert counted(rollout, got.advantages, i) == pytest.approx([w - expected[i] for w in row], abs=1e-5)
+        assert "critic/explained_variance" not in got.metrics
+
+
+def test_auto_is_the_critic_if_it_explains_anything_and_else_rewards_to_go_less_the_batch_mean(rollout, rewards):
+    to_go = torch.zeros(4, 5, 1)
+    for i, row in enumerate(unbased("rewards_to_go", rollout, rewards)):
+        to_go[i][rollout.completion_mask[i]] = torch.tensor(row)[:, None]
+    for values, trusted in ((to_go + 0.1 * rewards, True), (-to_go, False)):
+        judged = dataclasses.replace(rollout, values=values)
+        for estimator in ("gae", "rewards_to_go", "total_return"):
+            auto = estimate(judged, rewards, config(estimator, baseline="auto"))
+            fallback = "rewards_to_go" if estimator == "gae" else estimator
+            other = config(estimator) if trusted else config(fallback, baseline="batch_mean")
+            expected = estimate(judged, rewards, other)
+            torch.testing.assert_close(auto.advantages, expected.advantages)
+            assert auto.metrics["critic/trusted"] == trusted
+            torch.testing.assert_close(auto.returns, estimate(judged, rewards, config(estimator)).returns)
+
+
+def test_each_stream_is_judged_by_itself():
+    rollout = make_rollout(prompt=("11",) * 4, completion=ROWS, streams=2)
+    rewards = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(2))
+    good = estimate(rollout, rewards, config("rewards_to_go")).returns[..., 0]
+    rollout = dataclasses.replace(rollout, values=torch.stack([good, -good], dim=-1))
+    settings = config("rewards_to_go", baseline="auto")
+    both = estimate(rollout, rewards, settings)
+    assert both.metrics["critic/trusted"] == 0.5
+
+
+def test_each_stream_has_its_own_gamma_and_lambda():
+    rollout = make_rollout(prompt=("11",) * 4, completion=ROWS, streams=2)
+    rewards = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(2))
+    streams = [RewardStream("a", gamma=0.3), RewardStream("b", lam=0.1)]
+    both = estimate(rollout, rewards, config("gae"), streams)
+    first = estimate(
+        select_stream(rollout, 0), rewards[..., :1], PPOConfig(gamma=0.3, lam=LAM, whiten_advantages=False)
+    )
+    second = estimate(
+        select_stream(rollout, 1), rewards[..., 1:], PPOConfig(gamma=GAMMA, lam=0.1, whiten_advantages=False)
+    )
+    torch.testing.assert_close(both.advantages, first.advantages + second.advantages)
+
+
+def test_the_stream_named_kl_pays_for_the_kl():
+    rollout = make_rollout(prompt=("11",) * 4, completion=ROWS, streams=2)
+    mask = rollout.completion_mask
+    rewards = shape_rewards(rollout, config("gae"), [RewardStream("a"), RewardStream("kl")], kl_coef=0.5)
+    torch.testing.assert_close(rewards[mask][:, 0], rollout.scores[mask][:, 0])
+    torch.testing.assert_close(rewards[mask][:, 1], rollout.scores[mask][:, 1] - 0.5 * rollout.kl_penalty[mask])
+
+
+def test_a_penalty_in_the_loss_is_not_in_the_reward(rollout):
+    rewards = shape_rewards(rollout, config("gae", kl_placement="loss", kl_estimator="k2"), kl_coef=0.5)
+    mask = rollout.completion_mask
+    torch.testing.assert_close(rewards[mask], rollout.scores[mask])
+
+
+def test_the_critics_lambda_is_its_own(rollout, rewards):
+    got = estimate(rollout, rewards, config("gae", critic_lam=1.0))
+    plain = estimate(rollout, rewards, config("gae"))
+    to_go = estimate(rollout, rewards, config("rewards_to_go"))
+    assert torch.equal(got.advantages, plain.advantages)
+    torch.testing.assert_close(got.returns, to_go.returns)
+
+
+def test_the_adaptive_lambda_is_each_rows_own(rollout, rewards):
+    got = estimate(rollout, rewards, config("gae", adaptive_lam_alpha=2.0))
+    for i, row in enumerate(ROWS):
+        lam = max(LAM, 1 - 1 / (2.0 * row.count("1")))
+        alone = estimate(rollout, rewards, dataclasses.replace(config("gae"), lam=lam))
+        torch.testing.assert_close(got.advantages[i], alone.advantages[i])
+
+
+def test_bootstrapping_goes_on_from_the_value_of_the_last_state(rollout, rewards):
+    rollout = dataclasses.replace(rollout, bootstrap_values=torch.tensor([[7.0], [0.0], [0.0], [-3.0]]))
+    values = counted(rollout, rollout.values, 0)
+    given = counted(rollout, rewards, 0)
+    to_go = estimate(rollout, rewards, config("rewards_to_go", truncation="bootstrap", baseline="auto")).returns
+    expected = sum(GAMMA**t * r for t, r in enumerate(given)) + GAMMA**5 * 7.0
+    assert to_go[0, 0, 0].item() == pytest.approx(expected, abs=1e-5)
+    got = estimate(rollout, rewards, config("gae", truncation="bootstrap"))
+    assert got.advantages[0, 4].item() == pytest.approx(given[-1] + GAMMA * 7.0 - values[-1], abs=1e-5)
+    ended = estimate(rollout, rewards, config("gae"))
+    assert torch.equal(got.advantages[1:3], ended.advantages[1:3]) and not torch.equal(got.advantages, ended.advantages)
+
+
+def test_the_penalty_for_being_cut_stands_on_the_last_token(rollout):
+    rollout = dataclasses.replace(rollout, ended=torch.tensor([True, False, False, False]))
+    settings = config("gae", truncation="penalty", truncation_penalty=5.0)
+    change = shape_rewards(rollout, settings, kl_coef=0.1) - shape_rewards(rollout, config("gae"), kl_coef=0.1)
+    expected = torch.zeros(4, 5)
+    for row, last in ((1, 1), (2, 0), (3, 3)):
+        expected[row, last] = -5.0
+    torch.testing.assert_close(change[..., 0], expected)
+
+
+def test_masked_rows_neither_learn_nor_count_in_the_whitening(rollout, rewards):
+    rollout = dataclasses.replace(rollout, ended=torch.tensor([False, True, True, False]))
+    got = estimate(rollout, rewards, config("gae", truncation="mask", whiten_advantages=True))
+    assert torch.equal(got.mask, rollout.completion_mask & torch.tensor([[False], [True], [True], [False]]))
+    x = estimate(rollout, rewards, config("gae")).advantages[got.mask]
+    torch.testing.assert_close(got.advantages[got.mask], (x - x.mean()) / x.std(correction=0))
+    assert got.advantages[~got.mask].eq(0).all()
+
+
+def test_masking_every_row_says_what_to_do(rollout, rewards):
+    rollout = dataclasses.replace(rollout, ended=torch.zeros(4, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="no completion of this rollout ended with EOS.*max_completion_length"):
+        estimate(rollout, rewards, config("gae", truncation="mask"))

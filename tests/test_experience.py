@@ -30,6 +30,8 @@ def make_rollout(prompt=("011", "111"), completion=("1100", "1000"), *, streams=
         ref_logprobs=numbers(n_rows, n_time),
         values=numbers(n_rows, n_time, streams),
         scores=numbers(n_rows, n_time, streams),
+        kl_penalty=numbers(n_rows, n_time),
+        bootstrap_values=numbers(n_rows, streams),
         ended=torch.ones(n_rows, dtype=torch.bool),
         support=torch.ones(n_rows, n_time, vocabulary, dtype=torch.bool),
     )

@@ -1,10 +1,10 @@
-"""The KL coefficient: fixed, or by the proportional controller of Ziegler et al. 2019."""
+"""Coefficients of KL penalties: fixed, by the controller of Ziegler et al. 2019, by the rule of Schulman et al. 2017."""
 
 import math
 
 import pytest
 
-from lmppo.kl_control import AdaptiveKL, FixedKL
+from lmppo.kl_control import AdaptiveBeta, AdaptiveKL, FixedKL
 
 
 def test_a_fixed_coefficient_stays():
@@ -61,3 +61,29 @@ def test_the_state_is_the_coefficient():
     other = AdaptiveKL(0.7, target=1.0, horizon=10)
     other.load_state_dict(control.state_dict())
     assert other.coef == control.coef != 0.7
+
+
+def test_beta_follows_schulmans_rule():
+    beta = AdaptiveBeta(1.0, target=0.01)
+    for kl, expected in ((0.02, 2.0), (0.014, 2.0), (0.007, 2.0), (0.006, 1.0), (0.0, 0.5), (0.0151, 1.0)):
+        beta.update(kl)
+        assert beta.coef == expected, kl
+
+
+def test_beta_without_a_target_stays():
+    beta = AdaptiveBeta(3.0, target=None)
+    beta.update(99.0)
+    assert beta.coef == 3.0
+
+
+def test_beta_is_saved_stays_in_bounds_and_refuses_nan():
+    beta = AdaptiveBeta(1.0, target=0.01)
+    for _ in range(100):
+        beta.update(1.0)
+    assert beta.coef == beta.highest
+    other = AdaptiveBeta(1.0, target=0.01)
+    other.load_state_dict(beta.state_dict())
+    assert other.coef == beta.coef
+    with pytest.raises(ValueError, match="not finite"):
+        other.update(math.nan)
+    assert other.coef == beta.coef

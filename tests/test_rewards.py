@@ -48,14 +48,14 @@ def returning(value):
 
 def test_a_number_per_completion_stands_on_the_last_token():
     scores = score(returning([2.0, -1]))
-    assert scores.token_scores.tolist() == [[0, 0, 2, 0], [0, -1, 0, 0]]
+    assert scores.token_scores[..., 0].tolist() == [[0, 0, 2, 0], [0, -1, 0, 0]]
     assert scores.per_function.tolist() == [[2], [-1]]
-    assert scores.token_scores.dtype == scores.per_function.dtype == torch.float32
+    assert scores.token_scores[..., 0].dtype == scores.per_function.dtype == torch.float32
 
 
 def test_dense_rewards_stand_on_their_tokens():
     scores = score(returning([[1, 2.5, -3], (0.5, 4)]))
-    assert scores.token_scores.tolist() == [[1, 2.5, -3, 0], [0.5, 4, 0, 0]]
+    assert scores.token_scores[..., 0].tolist() == [[1, 2.5, -3, 0], [0.5, 4, 0, 0]]
     assert scores.per_function.tolist() == [[0.5], [4.5]]
 
 
@@ -63,7 +63,7 @@ def test_weights_and_none():
     scores = score(
         [returning([1.0, None]), returning([[1, 1, 1], None]), returning([None, 4.0])], reward_weights=[2, 0.5, -1]
     )
-    assert scores.token_scores.tolist() == [[0.5, 0.5, 2.5, 0], [0, -4, 0, 0]]
+    assert scores.token_scores[..., 0].tolist() == [[0.5, 0.5, 2.5, 0], [0, -4, 0, 0]]
     expected = torch.tensor([[1, 3, math.nan], [math.nan, math.nan, 4]])
     assert torch.equal(scores.per_function.isnan(), expected.isnan())
     assert torch.equal(scores.per_function.nan_to_num(-9), expected.nan_to_num(-9))
@@ -194,7 +194,7 @@ def test_trl_reward_functions_run_unchanged():
     scores = RewardSet(functions).score([chat("?")] * 2, completions, ids, {}, STATE, 6)
     by_hand = [[1.0, -(1 - 2 / 5), (2 - 6) / 4], [0.0, 0.0, (2 - 3) / 4]]
     assert scores.per_function.tolist() == [pytest.approx(row) for row in by_hand]
-    assert scores.token_scores[0, 5].item() == pytest.approx(sum(by_hand[0]))
+    assert scores.token_scores[..., 0][0, 5].item() == pytest.approx(sum(by_hand[0]))
 
 
 # --- what functions may return (F43, F44, F45) ------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_trl_reward_functions_run_unchanged():
     ids=repr,
 )
 def test_forms_of_numbers_that_are_accepted(value):
-    assert score(returning(value)).token_scores.tolist() == [[0, 0, 1, 0], [0, 2, 0, 0]]
+    assert score(returning(value)).token_scores[..., 0].tolist() == [[0, 0, 1, 0], [0, 2, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_an_async_return_is_checked_too():
 
 def test_large_finite_rewards_and_equal_rewards_pass():
     assert score(returning([1e38, -1e38])).per_function.isfinite().all()
-    assert score(returning([3.0, 3.0])).token_scores.sum(dim=1).tolist() == [3.0, 3.0]
+    assert score(returning([3.0, 3.0])).token_scores.sum(dim=(1, 2)).tolist() == [3.0, 3.0]
 
 
 def test_a_weighted_sum_beyond_float32_is_refused():
@@ -430,7 +430,7 @@ def _without_kwargs():
 
 def test_scores_check_their_shapes():
     good = {
-        "token_scores": torch.zeros(2, 3),
+        "token_scores": torch.zeros(2, 3, 1),
         "per_function": torch.zeros(2, 1),
         "metrics": {},
         "extras": {"a": [1, 2]},
@@ -439,7 +439,7 @@ def test_scores_check_their_shapes():
     with pytest.raises(ValueError, match="per_function"):
         Scores(**good | {"per_function": torch.zeros(3, 1)})
     with pytest.raises(ValueError, match="token_scores"):
-        Scores(**good | {"token_scores": torch.zeros(2, 3, dtype=torch.float64)})
+        Scores(**good | {"token_scores": torch.zeros(2, 3, 1, dtype=torch.float64)})
     with pytest.raises(ValueError, match="extras"):
         Scores(**good | {"extras": {"a": [1]}})
 

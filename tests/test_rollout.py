@@ -10,17 +10,19 @@ from builders import (
     PROMPTS,
     alone,
     build_model,
+    build_policy_arguments,
     gpt2,
     make_samples,
     make_trainer,
     row_alone,
+    with_values,
 )
 from fakes import letter_tokenizer
 from test_prompts import CHAT_TEMPLATE
 
 from lmppo.experience import trim
-from lmppo.models import ActorCritic, Reference
-from lmppo.rollout import decode_completions, local_rows, score_samples
+from lmppo.models import ActorCritic, Reference, score_tokens
+from lmppo.rollout import decode_completions, local_rows
 
 ROUNDING = {"atol": 5e-6, "rtol": 1e-5}  # float32, other matrix shapes
 
@@ -39,7 +41,7 @@ def test_reference_logprobs_are_those_of_the_row_alone_on_the_same_support(famil
     samples = make_samples(build_model(family, "shared"), **sampling)
     other = ActorCritic(MODELS[family](seed=6))
     temperature = sampling.get("temperature", 1.0)
-    logprobs = score_samples(Reference(other.policy).logits, samples, temperature, 4)
+    logprobs = score_tokens(Reference(other.policy).logits, samples, temperature, 4)
     for row in range(len(PROMPTS)):
         completion = alone(samples.completion_ids, samples.completion_mask, row)
         logits, _ = row_alone(other, alone(samples.prompt_ids, samples.prompt_mask, row), completion)
@@ -54,8 +56,8 @@ def test_the_number_of_rows_per_forward_pass_changes_nothing(size):
     samples = make_samples(build_model("gpt2", "shared"))
     reference = Reference(gpt2(seed=6))
     torch.testing.assert_close(
-        score_samples(reference.logits, samples, 1.0, size),
-        score_samples(reference.logits, samples, 1.0, 6),
+        score_tokens(reference.logits, samples, 1.0, size),
+        score_tokens(reference.logits, samples, 1.0, 6),
         **ROUNDING,
     )
 
@@ -66,8 +68,8 @@ def test_trimming_before_the_forward_pass_changes_nothing():
     narrow = trim(samples)
     width = narrow.completion_ids.shape[1]
     torch.testing.assert_close(
-        score_samples(reference.logits, samples, 1.0, 6)[:, :width],
-        score_samples(reference.logits, narrow, 1.0, 6),
+        score_tokens(reference.logits, samples, 1.0, 6)[:, :width],
+        score_tokens(reference.logits, narrow, 1.0, 6),
         **ROUNDING,
     )
 
@@ -86,9 +88,44 @@ def test_kl_to_the_reference_is_zero_before_any_update(tmp_path, family, setting
 def test_kl_to_a_given_reference_is_the_log_ratio(tmp_path):
     trainer = make_trainer(tmp_path, ref_model=gpt2(seed=6))
     rollout = collect(trainer).rollout
-    expected = rollout.logprobs - score_samples(trainer.reference.logits, rollout, 1.0, 3)
+    expected = rollout.logprobs - score_tokens(trainer.reference.logits, rollout, 1.0, 3)
     torch.testing.assert_close(rollout.kl_to_ref, expected, **ROUNDING)
     assert rollout.kl_to_ref.abs().max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:kl_estimator")
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
+def test_the_kl_that_is_paid_for_is_the_configured_estimate(tmp_path, estimator):
+    other = gpt2(seed=6)
+    trainer = make_trainer(tmp_path, ref_model=other, kl_estimator=estimator, temperature=0.8, micro_batch_size=3)
+    rollout = collect(trainer).rollout
+    for row in range(8):
+        prompt, completion = (alone(rollout.prompt_ids, rollout.prompt_mask, row),
+                              alone(rollout.completion_ids, rollout.completion_mask, row))  # fmt: skip
+        p, q = (
+            (row_alone(m, prompt, completion)[0] / 0.8).log_softmax(-1)
+            for m in (trainer.actor_critic, ActorCritic(other))
+        )
+        d = (p - q).gather(-1, completion[:, None])[:, 0]
+        expected = {"k1": d, "k2": d.square() / 2, "k3": (-d).exp() - 1 + d, "exact": (p.exp() * (p - q)).sum(-1)}
+        paid = alone(rollout.kl_penalty, rollout.completion_mask, row)
+        torch.testing.assert_close(paid, expected[estimator], atol=1e-4, rtol=1e-4)
+    assert rollout.kl_penalty[~rollout.completion_mask].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_a_cut_completion_has_the_value_of_its_last_state(tmp_path, kind):
+    trainer = make_trainer(tmp_path, truncation="bootstrap", micro_batch_size=3, **build_policy_arguments(kind))
+    with_values(trainer.actor_critic)
+    rollout = collect(trainer).rollout
+    assert rollout.ended.any() and not rollout.ended.all()
+    end = torch.tensor([1])  # any token: the state before it is the one that is asked for
+    for row in range(8):
+        context = torch.cat([alone(rollout.prompt_ids, rollout.prompt_mask, row),
+                             alone(rollout.completion_ids, rollout.completion_mask, row)])  # fmt: skip
+        expected = torch.zeros(1) if rollout.ended[row] else row_alone(trainer.actor_critic, context, end)[1][0]
+        torch.testing.assert_close(rollout.bootstrap_values[row], expected, atol=1e-5, rtol=1e-4)
+    assert collect(make_trainer(tmp_path)).rollout.bootstrap_values.eq(0).all()
 
 
 def test_scores_stand_on_the_last_token_of_each_completion(tmp_path):

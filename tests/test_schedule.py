@@ -3,7 +3,7 @@
 import pytest
 
 from lmppo import PPOConfig
-from lmppo.schedule import learning_rate_at
+from lmppo.schedule import CriticWarmup, learning_rate_at
 
 
 def rates(**settings):
@@ -42,3 +42,16 @@ def test_it_never_becomes_negative_beyond_the_end():
     for schedule in ("linear", "cosine"):
         config = PPOConfig(max_steps=3, lr_scheduler_type=schedule)
         assert [learning_rate_at(i, 1.0, config) for i in (3, 4, 100)] == pytest.approx([0, 0, 0])
+
+
+def test_the_warm_up_lasts_its_steps():
+    warmup = CriticWarmup(2)
+    assert [warmup.freezes(i, 0.99) for i in range(4)] == [True, True, False, False]
+
+
+def test_the_warm_up_ends_for_good_once_the_critic_explains_enough():
+    warmup = CriticWarmup(9, explained_variance=0.5)
+    assert [warmup.freezes(i, ev) for i, ev in enumerate((-3.0, 0.49, 0.5, -1.0))] == [True, True, False, False]
+    resumed = CriticWarmup(9, explained_variance=0.5)
+    resumed.load_state_dict(warmup.state_dict())
+    assert not resumed.freezes(4, -1.0)

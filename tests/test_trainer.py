@@ -156,9 +156,14 @@ TURNS = {
     "reward_weights": [0.5],
     "kl_coef": 0.5,
     "kl_target": 0.01,
+    "truncation": "penalty",
     "estimator": "rewards_to_go",
+    "baseline": "auto",
     "gamma": 0.8,
     "lam": 0.5,
+    "critic_lam": 1.0,
+    "adaptive_lam_alpha": 5.0,
+    "objective": "importance_sampled",
     "whiten_advantages": False,
     "ppo_epochs": 3,
     "minibatch_size": 8,
@@ -168,6 +173,7 @@ TURNS = {
     "vf_coef": 0.9,
     "ent_coef": 0.1,
     "target_kl": 1e-4,
+    "critic_epochs": 1,
     "critic_warmup_steps": 1,
     "learning_rate": 0.01,
     "critic_learning_rate": 0.05,
@@ -192,8 +198,39 @@ def test_every_setting_that_should_change_what_is_learned_does(tmp_path, base, n
     assert any(not torch.equal(base[n], other[n]) for n in base)
 
 
-@pytest.mark.parametrize("name, start, other", [("kl_horizon", {"kl_target": 0.01}, 20),
-                                                ("critic_warmup_epochs", {"critic_warmup_steps": 1}, 3)])  # fmt: skip
+BETA = {"objective": "kl_penalty"}
+TRPO = {"objective": "trpo"}
+IN_LOSS = {"kl_placement": "loss", "kl_estimator": "k2"}
+NEEDING_ANOTHER = [
+    ("kl_horizon", {"kl_target": 0.01}, 20),
+    ("critic_warmup_epochs", {"critic_warmup_steps": 1}, 3),
+    ("critic_warmup_explained_variance", {"critic_warmup_steps": 1}, -1e9),
+    ("truncation_penalty", {"truncation": "penalty"}, 2.0),
+    ("dual_clip", {"clip_range": 0.01, "max_grad_norm": 100.0}, 1.001),
+    ("policy_kl_coef", BETA, 30.0),
+    ("policy_kl_target", BETA, 1e-6),
+    ("trpo_max_kl", TRPO, 1e-4),
+    ("trpo_cg_steps", TRPO, 1),
+    ("trpo_damping", TRPO, 10.0),
+    ("trpo_line_search_steps", TRPO | {"trpo_max_kl": 3.0, "trpo_damping": 0.0}, 1),
+    ("kl_placement", {"kl_estimator": "k2"}, "loss"),
+    ("kl_placement", {"kl_estimator": "exact"}, "both"),
+    ("kl_estimator", IN_LOSS, "exact"),
+    ("kl_estimator", {}, "k3"),
+    ("kl_estimator", {}, "exact"),
+    ("truncation", {}, "bootstrap"),
+    ("truncation", {}, "mask"),
+    ("baseline", {"estimator": "rewards_to_go"}, "none"),
+    ("baseline", {"estimator": "rewards_to_go", "whiten_advantages": False}, "batch_mean"),
+    ("baseline", {"estimator": "rewards_to_go", "num_generations": 2}, "leave_one_out"),
+    ("objective", {}, "kl_penalty"),
+    ("objective", {}, "trpo"),
+    ("objective", {"ppo_epochs": 1, "minibatch_size": 8, "clip_range": 0.01}, "policy_gradient"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:kl_estimator")
+@pytest.mark.parametrize("name, start, other", NEEDING_ANOTHER)
 def test_settings_that_need_another_one_do_something_with_it(tmp_path, name, start, other):
     runs = [weights(trained(tmp_path / str(i), **(BASE | start | s))) for i, s in enumerate(({}, {name: other}))]
     assert any(not torch.equal(runs[0][n], runs[1][n]) for n in runs[0])
@@ -359,9 +396,9 @@ def test_the_loop_can_be_written_by_hand(tmp_path):
             tokenizer=trainer.processing_class, params=trainer.params, accelerator=trainer.accelerator,
             iteration=iteration, trainer_state=trainer.state,
         )  # fmt: skip
-        rewards = shape_rewards(scored.rollout, kl_coef=trainer.kl_control.coef)
-        advantages, returns = estimate(scored.rollout, rewards, trainer.args)
-        experience = Experience.from_rollout(scored.rollout, advantages, returns)
+        rewards = shape_rewards(scored.rollout, trainer.args, trainer.streams, kl_coef=trainer.kl_control.coef)
+        estimated = estimate(scored.rollout, rewards, trainer.args, trainer.streams)
+        experience = Experience.from_rollout(scored.rollout, estimated.advantages, estimated.returns)
         ppo_update(trainer.model, trainer.optimizer, experience, trainer.args, trainer.accelerator, iteration=iteration)
     assert_same(weights(trainer), weights(reference))
 

@@ -51,8 +51,9 @@ def update(model, experience, *, iteration=0, optimizer=None, tolerance=None, **
     settings = config(**settings)
     optimizer = make_optimizer(model, settings) if optimizer is None else optimizer
     return ppo_update(
-        model, optimizer, experience, settings, ACCELERATOR, iteration=iteration, first_ratio_tolerance=tolerance
-    )
+        model, optimizer, experience, settings, ACCELERATOR, iteration=iteration, first_ratio_tolerance=tolerance,
+        policy_frozen=iteration < settings.critic_warmup_steps,
+    )  # fmt: skip
 
 
 def state_of(model):
@@ -200,9 +201,7 @@ def test_micro_batches_change_no_gradient(family, kind):
     results = {}
     for size in (12, 1, 5, 7):
         model.zero_grad()
-        stats = accumulate_gradients(
-            model, experience, config(micro_batch_size=size, ent_coef=0.1), ACCELERATOR, values_only=False
-        )
+        stats = accumulate_gradients(model, experience, config(micro_batch_size=size, ent_coef=0.1), ACCELERATOR)
         results[size] = gradients(model), stats
     lengths = experience.completion_mask.sum(1)
     assert lengths.min() == 1 and lengths.max() > 5
@@ -339,7 +338,7 @@ def test_a_target_kl_stops_before_the_step_that_is_too_late():
                 experience, **{f.name: getattr(experience, f.name)[rows] for f in dataclasses.fields(Experience)}
             )
             original.zero_grad()
-            seen.append(accumulate_gradients(model, part, config(**settings), ACCELERATOR, values_only=False))
+            seen.append(accumulate_gradients(model, part, config(**settings), ACCELERATOR))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             original.step()
     kls = [stats["approx_kl"] for stats in seen]

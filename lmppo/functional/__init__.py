@@ -13,9 +13,14 @@ from lmppo.functional.advantages import (
     explained_variance,
     gae,
     immediate_rewards,
+    length_adaptive_lam,
     rewards_to_go,
     td_residuals,
     total_return,
+)
+from lmppo.functional.baselines import (
+    batch_mean_baseline,
+    leave_one_out_baseline,
 )
 from lmppo.functional.kl import (
     exact_kl,
@@ -48,6 +53,7 @@ from lmppo.functional.masked import (
 
 __all__ = [
     "approx_kl",
+    "batch_mean_baseline",
     "clip_fraction",
     "clipped_policy_loss",
     "clipped_value_loss",
@@ -61,6 +67,8 @@ __all__ = [
     "kl_k3",
     "kl_penalized_policy_loss",
     "kl_shaped_rewards",
+    "leave_one_out_baseline",
+    "length_adaptive_lam",
     "masked_mean",
     "masked_rescale",
     "masked_var",

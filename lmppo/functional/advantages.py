@@ -14,6 +14,7 @@ from lmppo.functional._inputs import (
     check_float,
     check_masked,
     check_masked_over_time,
+    check_positive,
     check_shape,
     check_unit_interval,
     widen,
@@ -147,7 +148,7 @@ def gae(
     mask: Tensor,
     *,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Tensor = 0.95,
     bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation, and the returns the critic is fitted to.
@@ -169,7 +170,8 @@ def gae(
         values: (B, T), the critic's V of the state *before* each token.
         mask: (B, T) completion mask, True = the token counts.
         gamma: Discount, in [0, 1].
-        lam: The weight of longer looks ahead, in [0, 1].
+        lam: The weight of longer looks ahead, in [0, 1]; (B,) to give each row its own
+            (:func:`length_adaptive_lam`).
         bootstrap_values: (B,), the value of the state after the last counted token, for completions that were cut;
             0 for those that ended. None: all ended.
 
@@ -181,12 +183,49 @@ def gae(
         ValueError: Shapes do not fit, or ``gamma`` or ``lam`` is outside [0, 1].
     """
     check_masked_over_time("gae", mask, rewards=rewards, values=values)
-    check_unit_interval("gae", gamma=gamma, lam=lam)
+    check_unit_interval("gae", gamma=gamma)
+    if isinstance(lam, Tensor):
+        check_float("gae", lam=lam)
+        check_shape("gae", mask.shape[:1], "one value per row of mask", lam=lam)
+        lam = widen(lam)
+        check_unit_interval("gae", lam_min=lam.min().item(), lam_max=lam.max().item())
+    else:
+        check_unit_interval("gae", lam=lam)
     after_last = _value_after_last("gae", bootstrap_values, values)
     deltas = _td_residuals(rewards, values, mask, gamma, after_last)
     sums = _discounted_suffix_sums(deltas, mask, gamma * lam, torch.zeros_like(after_last))
     advantages = zero_masked(sums[:, :-1], mask)
     return advantages, advantages + zero_masked(values, mask)
+
+
+def length_adaptive_lam(mask: Tensor, *, lam: float, alpha: float) -> Tensor:
+    """GAE's lambda for each completion, closer to 1 the longer it is, so that its reward reaches its first tokens.
+
+    ``lam_i = max(lam, 1 - 1 / (alpha * n_i))`` with n_i the counted tokens of row i
+
+    The weight of the last reward in the first token's advantage is about ``lam^n``; with ``1 - 1/(alpha n)`` it stays
+    near ``exp(-1/alpha)`` at every length. The floor is ours: without it short completions (``alpha * n < 1``) would
+    get a negative lambda.
+
+    Yue et al. 2025 (VAPO, arXiv 2504.05118), section 4.2; N11.
+
+    Args:
+        mask: (B, T) completion mask, True = the token counts.
+        lam: The smallest lambda, in [0, 1].
+        alpha: Positive; VAPO's is 0.05.
+
+    Returns:
+        (B,) float32.
+
+    Raises:
+        TypeError: ``mask`` is not bool.
+        ValueError: ``mask`` is not (B, T), ``lam`` is outside [0, 1] or ``alpha`` is not positive.
+    """
+    check_masked_over_time("length_adaptive_lam", mask)
+    check_unit_interval("length_adaptive_lam", lam=lam)
+    check_positive("length_adaptive_lam", alpha=alpha)
+    lengths = mask.sum(dim=1).clamp(min=1)
+    return (1.0 - 1.0 / (alpha * lengths)).clamp(min=lam)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
@@ -236,7 +275,7 @@ def _td_residuals(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, a
     return zero_masked(rewards + gamma * next_values - values, mask)
 
 
-def _discounted_suffix_sums(x: Tensor, mask: Tensor, discount: float, after_last: Tensor) -> Tensor:
+def _discounted_suffix_sums(x: Tensor, mask: Tensor, discount: float | Tensor, after_last: Tensor) -> Tensor:
     """(B, T + 1): column t is ``y = x + discount * y_next`` at the first counted position at or after t.
 
     After the last counted position ``y_next``, and so the last column, is ``after_last`` (B,).

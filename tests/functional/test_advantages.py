@@ -160,6 +160,24 @@ def test_everything_equals_its_definition(batch, gamma, lam, after):
         assert expected["gae"] == pytest.approx(slow_gae_as_an_average(r, v, gamma, lam, after[row]), abs=1e-10)
 
 
+def test_each_row_may_have_its_own_lambda():
+    """As if each row had been estimated alone."""
+    mask, rewards, values, _ = random_batch()
+    lam = torch.linspace(0.0, 1.0, len(mask), dtype=torch.float64)
+    together = gae(rewards, values, mask, gamma=0.9, lam=lam)
+    for i in range(len(mask)):
+        alone = gae(rewards[i : i + 1], values[i : i + 1], mask[i : i + 1], gamma=0.9, lam=lam[i].item())
+        for a, b in zip(together, alone, strict=True):
+            assert torch.equal(a[i : i + 1], b)
+
+
+@pytest.mark.parametrize("lam", [torch.tensor([0.5, 1.5]), torch.tensor([0.5]), torch.tensor([1, 0])])
+def test_a_lambda_per_row_is_checked(lam):
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises((ValueError, TypeError), match="lam"):
+        gae(x, x, mask, lam=lam)
+
+
 # --- Identities
 
 episodes = pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])

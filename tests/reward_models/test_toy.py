@@ -34,7 +34,7 @@ def test_rewards_by_hand():
 def test_the_dense_and_the_sparse_reward_have_one_total():
     scores = RewardSet([target_token(13), token_count(13)]).score([""] * 3, [""] * 3, IDS, {}, None, 3)
     assert torch.equal(scores.per_function[:, 0], scores.per_function[:, 1])
-    assert scores.token_scores.tolist() == [[1, 0, 3], [0, 0, 0], [2, 0, 0]]
+    assert scores.token_scores[..., 0].tolist() == [[1, 0, 3], [0, 0, 0], [2, 0, 0]]
 
 
 def objective(policy: list[float], ref: list[float], rewards: list[float], kl_coef: float) -> float:
@@ -65,7 +65,7 @@ def test_the_target_token_optimum_by_enumeration(reward, kl_coef):
     completions = list(itertools.product(range(3), repeat=length))
     ref_probs = [math.prod(ref[token] for token in completion) for completion in completions]
     scores = RewardSet(reward).score([""] * 81, [""] * 81, [list(c) for c in completions], {}, None, length)
-    totals = scores.token_scores.sum(dim=1).tolist()
+    totals = scores.token_scores[..., 0].sum(dim=1).tolist()
     weights = [p * math.exp(r / kl_coef) for p, r in zip(ref_probs, totals, strict=True)]  # straight from the equation
     for position in range(length):
         drawn = sum(w for w, c in zip(weights, completions, strict=True) if c[position] == 2) / sum(weights)

@@ -1,0 +1,243 @@
+"""Rollouts kept with a checkpoint: what the update saw of every token, and what became of it; for ``lmppo explain``.
+
+``rollouts.safetensors`` holds the numbers, ``rollouts.json`` the texts and the settings. Whatever follows from them (TD
+residuals, ratios, what was clipped) is computed again when it is read, by `lmppo.functional`.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lmppo.checkpoint import CheckpointError
+from lmppo.config import PPOConfig, RewardStream
+from lmppo.estimators import default_streams
+from lmppo.experience import Experience
+from lmppo.functional import kl_k1, rewards_to_go, td_residuals
+from lmppo.functional.kl import MAX_LOG_RATIO
+from lmppo.rollout import ScoredRollout
+
+FORMAT_VERSION = 1
+TENSORS, TEXTS = "rollouts.safetensors", "rollouts.json"
+_BROKEN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class SavedRollouts:
+    """Completions as the update saw them, N rows; axes as in :class:`lmppo.experience.Rollout`.
+
+    Attributes:
+        prompts: The prompts as the model read them, special tokens included.
+        completions: The completions' texts.
+        tokens: Each completion's tokens by their names in the vocabulary, up to the last that was sampled.
+        texts: What each token adds to the text; empty where it has no text of its own (a piece of a UTF-8 character).
+        streams: Names of the K reward streams.
+        gammas: The discount of each stream.
+        settings: The configuration, with the KL coefficient that was in force.
+        completion_ids: ``(N, T)``.
+        mask: ``(N, T)`` True on the tokens that count.
+        learned: ``(N, T)`` True on those of them that the update learned from.
+        ended: ``(N,)`` True where the completion ended with EOS.
+        logprobs: ``(N, T)`` under the policy that sampled the tokens.
+        new_logprobs: ``(N, T)`` after the update.
+        ref_logprobs: ``(N, T)`` under the reference.
+        values: ``(N, T, K)`` the critic before the update, of the state before each token.
+        scores: ``(N, T, K)`` what the reward functions gave.
+        kl_penalty: ``(N, T)`` the KL to the reference that the rewards pay for, by ``kl_estimator``.
+        rewards: ``(N, T, K)`` what the estimator got: the scores with the penalties.
+        returns: ``(N, T, K)`` the critic's targets.
+        bootstrap_values: ``(N, K)`` the value of the state after the last token, 0 where the episode ended there.
+        advantages: ``(N, T)`` as used in the update, so whitened where that was asked for.
+    """
+
+    prompts: list[str]
+    completions: list[str]
+    tokens: list[list[str]]
+    texts: list[list[str]]
+    streams: list[str]
+    gammas: list[float]
+    settings: dict[str, Any]
+    completion_ids: Tensor
+    mask: Tensor
+    learned: Tensor
+    ended: Tensor
+    logprobs: Tensor
+    new_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    scores: Tensor
+    kl_penalty: Tensor
+    rewards: Tensor
+    returns: Tensor
+    bootstrap_values: Tensor
+    advantages: Tensor
+
+    @property
+    def kl_to_ref(self) -> Tensor:
+        """``(N, T)`` k1 estimate of the KL to the reference."""
+        return torch.where(self.mask, kl_k1(self.logprobs, self.ref_logprobs), 0.0)
+
+    @property
+    def td_residuals(self) -> Tensor:
+        """``(N, T, K)`` one-step temporal differences of each stream."""
+        return self._per_stream(lambda k, **at: td_residuals(self.rewards[..., k], self.values[..., k], **at))
+
+    @property
+    def rewards_to_go(self) -> Tensor:
+        """``(N, T, K)`` discounted sums of the rewards from each token on."""
+        return self._per_stream(lambda k, **at: rewards_to_go(self.rewards[..., k], **at))
+
+    @property
+    def ratio(self) -> Tensor:
+        """``(N, T)`` probability after the update over probability at sampling; 1 where the mask is False."""
+        log_ratio = torch.where(self.mask, self.new_logprobs - self.logprobs, 0.0)
+        return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
+
+    @property
+    def outside_band(self) -> Tensor:
+        """``(N, T)`` True where the ratio has left the clip's band, as ``clip_frac`` counts it."""
+        low, high = self.settings["clip_range"], self.settings["clip_range_high"]
+        return (self.ratio < 1 - low) | (self.ratio > 1 + (low if high is None else high))
+
+    @property
+    def clipped(self) -> Tensor:
+        """``(N, T)`` True where the clipped loss is flat at the new ratio: the token pushes the policy no further."""
+        if self.settings["objective"] != "clip":
+            return torch.zeros_like(self.learned)
+        flat = self.outside_band & self.learned & ((self.ratio - 1) * self.advantages > 0)
+        if self.settings["dual_clip"] is not None:
+            flat |= (self.advantages < 0) & (self.ratio > self.settings["dual_clip"])
+        return flat
+
+    def _per_stream(self, compute: Any) -> Tensor:
+        streams = [
+            compute(k, mask=self.mask, gamma=gamma, bootstrap_values=self.bootstrap_values[:, k])
+            for k, gamma in enumerate(self.gammas)
+        ]
+        return torch.stack(streams, dim=-1)
+
+
+def save_rollouts(
+    directory: Path,
+    scored: ScoredRollout,
+    experience: Experience,
+    rewards: Tensor,
+    new_logprobs: Tensor,
+    config: PPOConfig,
+    tokenizer: Any,
+    *,
+    rows: int,
+    kl_coef: float | None = None,
+    streams: Sequence[RewardStream] | None = None,
+) -> None:
+    """Write the first rows of a rollout into a checkpoint's directory, before its manifest is made.
+
+    Args:
+        directory: The checkpoint's directory, under its temporary name.
+        scored: The rollout, ``B`` completions.
+        experience: What the update saw of it.
+        rewards: ``(B, T, K)`` what the estimator got, KL penalty included.
+        new_logprobs: ``(B, T)`` of the sampled tokens after the update; the first ``rows`` rows are enough.
+        config: The configuration.
+        tokenizer: The policy's tokenizer.
+        rows: How many completions to keep; all, if there are fewer.
+        kl_coef: The KL coefficient in force, if it is not the configuration's.
+        streams: The reward streams, for their names and discounts; None: the configuration's discount for all.
+
+    Raises:
+        ValueError: Shapes do not fit.
+    """
+    kept, rollout = slice(rows), scored.rollout
+    streams = streams or default_streams(rewards.shape[-1])
+    tensors = {
+        "completion_ids": rollout.completion_ids,
+        "mask": rollout.completion_mask,
+        "learned": experience.completion_mask,
+        "ended": rollout.ended,
+        "logprobs": rollout.logprobs,
+        "new_logprobs": new_logprobs,
+        "ref_logprobs": rollout.ref_logprobs,
+        "values": rollout.values,
+        "scores": rollout.scores,
+        "kl_penalty": rollout.kl_penalty,
+        "rewards": rewards,
+        "returns": experience.returns,
+        "bootstrap_values": rollout.bootstrap_values,
+        "advantages": experience.advantages,
+    }
+    tensors = {name: tensor[kept].detach().cpu().clone() for name, tensor in tensors.items()}
+    for name, like in (("rewards", "values"), ("new_logprobs", "logprobs")):
+        if tensors[name].shape != tensors[like].shape:
+            raise ValueError(
+                f"save_rollouts: {name} has shape {tuple(tensors[name].shape)} in the rows to keep; expected "
+                f"{tuple(tensors[like].shape)}, that of {like}."
+            )
+    lengths = _shown_lengths(tensors["mask"])
+    completions = [ids[:n] for ids, n in zip(tensors["completion_ids"].tolist(), lengths, strict=True)]
+    prompts = [
+        ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids[kept], rollout.prompt_mask[kept], strict=True)
+    ]
+    texts = {
+        "format_version": FORMAT_VERSION,
+        "prompts": [_decode(tokenizer, ids) for ids in prompts],
+        "completions": scored.completions[kept],
+        "tokens": [[str(name) for name in tokenizer.convert_ids_to_tokens(ids)] for ids in completions],
+        "texts": [token_texts(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)],
+        "streams": [stream.name for stream in streams],
+        "gammas": [config.gamma if stream.gamma is None else stream.gamma for stream in streams],
+        "settings": config.to_dict() | ({} if kl_coef is None else {"kl_coef": kl_coef}),
+    }
+    save_file(tensors, directory / TENSORS)
+    (directory / TEXTS).write_text(json.dumps(texts, indent=2) + "\n")
+
+
+def load_saved_rollouts(directory: Path) -> SavedRollouts:
+    """The rollouts that a checkpoint's directory holds.
+
+    Raises:
+        CheckpointError: There are none, they are damaged, or they were made by a newer lmppo.
+    """
+    if not (directory / TEXTS).exists():
+        raise CheckpointError(f"{directory} holds no saved rollouts: train with save_rollouts=N to keep N of each.")
+    try:
+        texts = json.loads((directory / TEXTS).read_text())
+        version = texts.pop("format_version")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(f"{directory}: its rollouts were saved by a newer lmppo (format {version}): upgrade.")
+        return SavedRollouts(**texts, **load_file(directory / TENSORS))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: {TENSORS} and {TEXTS} are damaged or do not belong together.") from error
+
+
+def token_texts(tokenizer: Any, prompt_ids: list[int], ids: list[int]) -> list[str]:
+    """What each token adds to the text before it; empty for one that has no text of its own.
+
+    A token is decoded behind its predecessor, since some tokenizers drop the space before a token that stands alone.
+    In a byte-level vocabulary a token may be a piece of a UTF-8 character, which has no text.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        prompt_ids: The prompt, at least one token.
+        ids: The completion.
+    """
+    texts = []
+    for before, token in zip([prompt_ids[-1], *ids], ids, strict=False):
+        start, both = _decode(tokenizer, [before]), _decode(tokenizer, [before, token])
+        text = both[len(start) :] if both.startswith(start) else ""
+        texts.append("" if _BROKEN_CHARACTER in text else text)
+    return texts
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _shown_lengths(mask: Tensor) -> list[int]:
+    """The number of positions up to each row's last sampled token."""
+    return (mask * torch.arange(1, mask.shape[1] + 1)).amax(dim=1).tolist()

@@ -1,0 +1,278 @@
+"""TRPO: one natural-gradient step within a ball of KL around the policy that sampled the batch (N16).
+
+``maximize mean ratio_t * A_t  subject to  mean KL(old || new) <= trpo_max_kl``, means over all counted tokens
+
+To second order the KL is ``0.5 * s^T F s`` in the step ``s``, with ``F`` the Fisher matrix, so the best direction solves
+``F x = g`` for the gradient ``g`` of the surrogate, and the longest step within the ball is
+``sqrt(2 * trpo_max_kl / x^T F x) * x``. F is never built: conjugate gradients need only its products with vectors.
+Each costs about twice a PPO step's forward and backward pass, which is N16's trouble, and why N17 has a clip instead.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lmppo.config import PPOConfig
+from lmppo.experience import Experience, select_rows, trim
+from lmppo.functional import approx_kl, exact_kl, importance_sampled_loss, masked_mean, token_logprobs_and_entropy
+from lmppo.models import attention_mask_of, causal_forward
+from lmppo.sampling import NonFiniteError
+
+BACKTRACK = 0.8
+"""Each try of the line search is this much shorter than the one before."""
+
+_MEASURES = ("policy_loss", "trpo/kl", "approx_kl", "entropy", "ratio", "log_ratio_max")
+
+
+def trpo_step(
+    model: nn.Module, experience: Experience, config: PPOConfig, accelerator: Accelerator, *, iteration: int
+) -> dict[str, float]:
+    """Move the policy once, as far as the KL ball allows; the critic stays as it is.
+
+    ``s = sqrt(2 * trpo_max_kl / x^T F x) * x`` with ``(F + trpo_damping * I) x = g``; the first of ``s, 0.8 s,
+    0.64 s, ...`` is taken that raises the surrogate and keeps the exact mean KL(old || new) within ``trpo_max_kl``.
+    If none does, no parameter changes.
+
+    The damping only steadies the solution; the length is that of the undamped F, so that the step fills the ball
+    (Schulman's code measures it with the damped F, and falls short where the curvature is small).
+
+    Schulman et al. 2015 (arXiv 1502.05477), eq. 14 (the problem; here a state's KL is averaged over the tokens that
+    count), section 6 and appendix C (conjugate gradients, line search); Kakade 2001 (the natural gradient); N16.
+
+    Args:
+        model: Policy and critic, plain or wrapped for data parallelism.
+        experience: The whole batch, the same on every process; each works on its share of the rows.
+        config: Gives the ``trpo_*`` settings, the temperature and the size of a forward pass.
+        accelerator: Reduces over processes.
+        iteration: The PPO iteration, for messages.
+
+    Returns:
+        ``policy_loss, approx_kl, entropy, ratio``: after the step, means over counted tokens. ``log_ratio_max``: the
+        largest |log ratio| *before* it, which rounding alone explains. ``grad_norm`` of the surrogate;
+        ``trpo/kl``: exact; ``trpo/expected_improvement`` of the surrogate by the whole of s, to first order;
+        ``trpo/improvement``: what the step taken brought; ``trpo/step_fraction`` of s that was taken, 0 if none;
+        ``trpo/cg_residual``: ``|g - (F + trpo_damping * I) x| / |g|``.
+
+    Raises:
+        NonFiniteError: The gradient or the curvature is not finite, or the curvature not positive; nothing changed.
+        ValueError: The policy is sharded, or its attention cannot be differentiated twice.
+    """
+    batch = PolicyBatch(accelerator.unwrap_model(model).policy, experience, config, accelerator)
+    start = after = batch.measure({})
+    gradient = batch.surrogate_gradient()
+    if not gradient.isfinite().all():
+        culprit = next(name for name, p in batch.moved_by(gradient).items() if not p.isfinite().all())
+        raise NonFiniteError(
+            f"Iteration {iteration}: the surrogate's gradient is not finite (first parameter: {culprit}). The step was "
+            f"not taken. Look at the rewards of this batch."
+        )
+    expected = fraction = residual = 0.0
+    if gradient.any():
+        step, residual = _natural_step(batch, gradient, config, iteration)
+        expected = torch.dot(gradient, step).item()
+        after, fraction = _line_search(batch, step, start, config)
+    return after | {
+        "log_ratio_max": start["log_ratio_max"],
+        "grad_norm": gradient.norm().item(),
+        "trpo/expected_improvement": expected,
+        "trpo/improvement": start["policy_loss"] - after["policy_loss"],
+        "trpo/step_fraction": fraction,
+        "trpo/cg_residual": residual,
+    }
+
+
+def _natural_step(batch: "PolicyBatch", gradient: Tensor, config: PPOConfig, iteration: int) -> tuple[Tensor, float]:
+    """The longest natural-gradient step within the ball, by the curvature; and the residual of its direction."""
+    damping, fisher = config.trpo_damping, batch.fisher_vector_product
+    direction = conjugate_gradients(lambda v: fisher(v) + damping * v, gradient, steps=config.trpo_cg_steps)
+    curved = fisher(direction)
+    curvature = torch.dot(direction, curved)
+    if not (curvature.isfinite() and curvature > 0):
+        raise NonFiniteError(
+            f"Iteration {iteration}: the KL's curvature along TRPO's direction is {curvature.item():.2e}, and must be "
+            f"positive and finite. The step was not taken. Raise trpo_damping={damping}."
+        )
+    residual = (gradient - curved - damping * direction).norm() / gradient.norm()
+    return (2 * config.trpo_max_kl / curvature).sqrt() * direction, residual.item()
+
+
+def _line_search(
+    batch: "PolicyBatch", step: Tensor, start: dict[str, float], config: PPOConfig
+) -> tuple[dict[str, float], float]:
+    """Take the longest step that passes: its measures and its fraction of the whole; the start and 0 if none does.
+
+    The parameters are written only then, so that a refused step leaves nothing behind.
+    """
+    for i in range(config.trpo_line_search_steps):
+        candidate = batch.moved_by(BACKTRACK**i * step)
+        after = batch.measure(candidate)
+        if after["policy_loss"] < start["policy_loss"] and after["trpo/kl"] <= config.trpo_max_kl:
+            with torch.no_grad():
+                for name, parameter in batch.parameters.items():
+                    parameter.copy_(candidate[name])
+            return after, BACKTRACK**i
+    return start, 0.0
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor], target: Tensor, *, steps: int, tolerance: float = 1e-10
+) -> Tensor:
+    """The solution of ``A x = target`` from products with A alone, exact after as many steps as A has eigenvalues.
+
+    Hestenes and Stiefel 1952; Schulman et al. 2015 (arXiv 1502.05477), appendix C.1; N16.
+
+    Args:
+        product: ``v -> A v`` for a symmetric, positive definite A.
+        target: ``(N,)``.
+        steps: Most products to take.
+        tolerance: Stop when the residual is this small against the target.
+
+    Returns:
+        ``(N,)``; what was reached where the curvature of a direction turns out not to be positive (rounding).
+    """
+    x, residual, direction = torch.zeros_like(target), target, target
+    squared = torch.dot(residual, residual)
+    enough = tolerance**2 * squared
+    for _ in range(steps):
+        curved = product(direction)
+        curvature = torch.dot(direction, curved)
+        if not curvature > 0:
+            break
+        length = squared / curvature
+        x = x + length * direction
+        residual = residual - length * curved
+        before, squared = squared, torch.dot(residual, residual)
+        if squared <= enough:
+            break
+        direction = residual + squared / before * direction
+    return x
+
+
+class PolicyBatch:
+    """A batch as functions of the policy's trainable parameters: all means are over its counted tokens.
+
+    Every process computes its share of the rows, micro-batch by micro-batch, and all get the same means. Old and new
+    distributions are compared within a micro-batch, so that no more than two ``(micro_batch_size, T, V)`` exist at once.
+
+    Args:
+        policy: The policy; its present parameters are the old ones.
+        experience: The whole batch.
+        config: Gives temperature and micro-batch size.
+        accelerator: Reduces over processes.
+
+    Raises:
+        ValueError: The policy is sharded, or its attention cannot be differentiated twice.
+    """
+
+    def __init__(self, policy: Any, experience: Experience, config: PPOConfig, accelerator: Accelerator) -> None:
+        self.policy = _Logits(policy, accelerator)
+        self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        _check_differentiable(policy, self.parameters)
+        mine = select_rows(experience, slice(accelerator.process_index, None, accelerator.num_processes))
+        starts = range(0, len(mine.completion_mask), config.micro_batch_size)
+        self.micros = [trim(select_rows(mine, slice(i, i + config.micro_batch_size))) for i in starts]
+        self.n_tokens = max(1, int(experience.completion_mask.sum()))
+        self.config, self.accelerator = config, accelerator
+
+    def surrogate_gradient(self) -> Tensor:
+        """``(N,)`` gradient of mean ratio * advantage, N the number of trainable parameters."""
+        return self._mean(lambda micro: self._gradient(-self._losses(micro, self.policy(micro))["policy_loss"]))
+
+    def fisher_vector_product(self, v: Tensor) -> Tensor:
+        """``(N,)`` product of the Fisher matrix with ``v (N,)``: the Hessian of the mean KL(old || new) at new = old.
+
+        ``F v = grad (grad KL . v)``. Schulman et al. 2015 (arXiv 1502.05477), appendix C.1; N16.
+        """
+
+        def one_product(micro: Experience) -> Tensor:
+            logits = self.policy(micro)
+            kl = self._kl(micro, logits.detach(), logits)
+            return self._gradient(torch.dot(self._gradient(kl, create_graph=True), v))
+
+        return self._mean(one_product)
+
+    @torch.no_grad()
+    def measure(self, parameters: dict[str, Tensor]) -> dict[str, float]:
+        """The policy with some of its parameters replaced, against the policy as it is."""
+
+        def one_row(micro: Experience) -> Tensor:
+            new = functional_call(self.policy, parameters, (micro,))
+            numbers = self._losses(micro, new) | {"trpo/kl": self._kl(micro, self.policy(micro), new)}
+            return torch.stack([numbers[name] for name in _MEASURES])
+
+        rows = torch.stack([one_row(micro) for micro in self.micros])
+        means = self.accelerator.reduce(rows[:, :-1].sum(dim=0), reduction="sum") / self.n_tokens
+        largest = self.accelerator.gather(rows[:, -1].max().reshape(1)).max()
+        return dict(zip(_MEASURES, [*means.tolist(), largest.item()], strict=True))
+
+    def moved_by(self, step: Tensor) -> dict[str, Tensor]:
+        """The trainable parameters plus a step ``(N,)``, by name."""
+        parts = step.split([p.numel() for p in self.parameters.values()])
+        return {n: p.detach() + s.view_as(p) for (n, p), s in zip(self.parameters.items(), parts, strict=True)}
+
+    def _mean(self, per_micro: Callable[[Experience], Tensor]) -> Tensor:
+        total = functools.reduce(torch.add, map(per_micro, self.micros))
+        return self.accelerator.reduce(total, reduction="sum") / self.n_tokens
+
+    def _gradient(self, scalar: Tensor, *, create_graph: bool = False) -> Tensor:
+        inputs = list(self.parameters.values())
+        parts = torch.autograd.grad(scalar, inputs, create_graph=create_graph, materialize_grads=True)
+        return torch.cat([part.reshape(-1) for part in parts])
+
+    def _kl(self, micro: Experience, old: Tensor, new: Tensor) -> Tensor:
+        kl = exact_kl(old, new, temperature=self.config.temperature, support=micro.support)
+        return torch.where(micro.completion_mask, kl, 0.0).sum()
+
+    def _losses(self, micro: Experience, logits: Tensor) -> dict[str, Tensor]:
+        """Sums over counted tokens; of the log-ratios the largest."""
+        mask, old = micro.completion_mask, micro.old_logprobs
+        logprobs, entropy = token_logprobs_and_entropy(
+            logits, micro.completion_ids, temperature=self.config.temperature, support=micro.support
+        )
+        log_ratio = torch.where(mask, logprobs - old, 0.0)
+        return {
+            "policy_loss": importance_sampled_loss(logprobs, old, micro.advantages, mask).sum(),
+            "approx_kl": approx_kl(logprobs, old, mask) * mask.sum(),
+            "entropy": torch.where(mask, entropy, 0.0).sum(),
+            "ratio": masked_mean(log_ratio.exp(), mask) * mask.sum(),
+            "log_ratio_max": log_ratio.abs().max(),
+        }
+
+
+class _Logits(nn.Module):
+    """The policy's logits ``(B, T, V)`` of a micro-batch, by operations that can be differentiated twice.
+
+    The fused kernels of scaled_dot_product_attention cannot; its plain one can, and computes what eager attention does.
+    """
+
+    def __init__(self, policy: Any, accelerator: Accelerator) -> None:
+        super().__init__()
+        self.policy = policy
+        self.autocast = accelerator.autocast
+
+    def forward(self, micro: Experience) -> Tensor:
+        ids = torch.cat([micro.prompt_ids, micro.completion_ids], dim=1)
+        attention_mask = attention_mask_of(micro.prompt_mask, micro.completion_mask)
+        with sdpa_kernel(SDPBackend.MATH), self.autocast():
+            return causal_forward(self.policy, ids, attention_mask, micro.completion_ids.shape[1])[0]
+
+
+def _check_differentiable(policy: Any, parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if parameter.numel() == 0 or hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"objective='trpo' needs whole parameters, and {name} is sharded over processes: use plain data "
+                f"parallelism, or another objective."
+            )
+    attention = getattr(policy.config, "_attn_implementation", None)
+    if attention not in (None, "eager", "sdpa"):
+        raise ValueError(
+            f"objective='trpo' differentiates twice, which {attention!r} attention cannot: load the model with "
+            f"attn_implementation='sdpa' or 'eager'."
+        )
