@@ -7,6 +7,8 @@ Conventions, the same everywhere:
 - Where the mask is False, results are 0, and inputs never matter: NaN there changes no output and no gradient.
 - float64 is computed in float64; float16 and bfloat16 are computed, and returned, in float32.
 - Scalars are keyword-only. No function changes its arguments, draws random numbers or talks to other processes.
+
+What can be known exactly about a small problem is in :mod:`lmppo.functional.exact`, which has names of its own.
 """
 
 from lmppo.functional.advantages import (
