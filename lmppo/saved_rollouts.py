@@ -45,7 +45,7 @@ class SavedRollouts:
         learned: ``(N, T)`` True on those of them that the update learned from.
         ended: ``(N,)`` True where the completion ended with EOS.
         logprobs: ``(N, T)`` under the policy that sampled the tokens.
-        new_logprobs: ``(N, T)`` after the update.
+        new_logprobs: ``(N, T)`` after the update; of use only where the update learned.
         ref_logprobs: ``(N, T)`` under the reference.
         values: ``(N, T, K)`` the critic before the update, of the state before each token.
         scores: ``(N, T, K)`` what the reward functions gave.
@@ -95,8 +95,8 @@ class SavedRollouts:
 
     @property
     def ratio(self) -> Tensor:
-        """``(N, T)`` probability after the update over probability at sampling; 1 where the mask is False."""
-        log_ratio = torch.where(self.mask, self.new_logprobs - self.logprobs, 0.0)
+        """``(N, T)`` probability after the update over probability at sampling; 1 where nothing was learned."""
+        log_ratio = torch.where(self.learned, self.new_logprobs - self.logprobs, 0.0)
         return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
     @property
@@ -206,11 +206,11 @@ def load_saved_rollouts(directory: Path) -> SavedRollouts:
     if not (directory / TEXTS).exists():
         raise CheckpointError(f"{directory} holds no saved rollouts: train with save_rollouts=N to keep N of each.")
     try:
-        texts = json.loads((directory / TEXTS).read_text())
+        texts: dict[str, Any] = json.loads((directory / TEXTS).read_text())
         version = texts.pop("format_version")
         if version > FORMAT_VERSION:
             raise CheckpointError(f"{directory}: its rollouts were saved by a newer lmppo (format {version}): upgrade.")
-        return SavedRollouts(**texts, **load_file(directory / TENSORS))
+        return SavedRollouts(**texts | load_file(directory / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: {TENSORS} and {TEXTS} are damaged or do not belong together.") from error
 

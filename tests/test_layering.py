@@ -13,19 +13,8 @@ LAYERS = (
     ("functional",),
     ("config", "experience", "kl_control", "schedule", "tables", "plots"),
     ("models", "prompts", "classifier_reward", "rewards", "sampling"),
-    (
-        "rollout",
-        "estimators",
-        "metrics",
-        "trpo",
-        "objectives",
-        "update",
-        "checkpoint",
-        "run_dir",
-        "build",
-        "saved_rollouts",
-    ),
-    ("trainer",),
+    ("rollout", "estimators", "metrics", "trpo", "objectives", "update", "checkpoint", "run_dir", "build"),
+    ("saved_rollouts", "trainer"),
     ("explain_page", "explain", "cli", "__main__"),
 )
 ORDER = [name for layer in LAYERS for name in layer]

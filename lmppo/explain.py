@@ -1,0 +1,229 @@
+"""``lmppo explain``: the completions kept with a checkpoint, token by token, as a page, a table or JSON.
+
+A critic gives each token a value, and so an advantage of its own: this is where one can look at them.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lmppo.checkpoint import CheckpointError, checkpoint_dir, list_checkpoints
+from lmppo.explain_page import cell, in_one_line, label, render_page
+from lmppo.saved_rollouts import TEXTS, SavedRollouts, load_saved_rollouts
+
+FORMATS = ("html", "table", "json")
+
+# Settings worth seeing beside the numbers they made, where a run has them.
+_SHOWN_SETTINGS = (
+    "estimator", "baseline", "gamma", "lam", "critic_lam", "adaptive_lam_alpha", "whiten_advantages", "objective",
+    "clip_range", "clip_range_high", "dual_clip", "kl_coef", "kl_estimator", "kl_placement", "truncation", "temperature",
+    "ppo_epochs", "learning_rate",
+)  # fmt: skip
+
+# Columns that say something only of tokens that the update learned from.
+_OF_THE_UPDATE = ("new", "ratio", "outside", "clipped")
+
+_WEIGHTS = {
+    "gae": "TD residual + gamma × lam × the next token's advantage, 0 after the last",
+    "rewards_to_go": "reward to go − baseline",
+    "total_return": "the whole completion's return − baseline",
+    "immediate_rewards": "the token's own reward − baseline",
+}
+
+
+def explain(
+    run: str | Path,
+    *,
+    step: int | None = None,
+    rows: list[int] | None = None,
+    format: str = "html",
+    html: str | Path | None = None,
+) -> Path | None:
+    """Show the completions kept with a checkpoint: write a page, or print a table or JSON.
+
+    Args:
+        run: A run directory, or a checkpoint's.
+        step: The checkpoint's step; None: the newest with saved rollouts.
+        rows: The completions, counted from 0; None: all.
+        format: ``html``, ``table`` or ``json``.
+        html: Where the page is written; None: ``explain-step-N.html`` in the run directory.
+
+    Returns:
+        The page's path, or None where something was printed.
+
+    Raises:
+        CheckpointError: There is no such run, checkpoint or row, or nothing was saved; the message has the remedy.
+        OSError: The page cannot be written.
+    """
+    checkpoint = find_saved(Path(run), step)
+    report = make_report(load_saved_rollouts(checkpoint), checkpoint, rows)
+    if format == "json":
+        print(json.dumps(report, indent=2, allow_nan=False))
+    elif format == "table":
+        print_report(report)
+    else:
+        folder = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
+        path = folder / f"explain-{checkpoint.name}.html" if html is None else Path(html)
+        path.write_text(render_page(report), encoding="utf-8")
+        return path
+    return None
+
+
+def find_saved(run: Path, step: int | None = None) -> Path:
+    """The checkpoint to explain.
+
+    Args:
+        run: A run directory, or a checkpoint's (any directory with saved rollouts, or a manifest, is taken for one).
+        step: The checkpoint's step; None: the newest with saved rollouts.
+
+    Raises:
+        CheckpointError: There is no such directory, or no such checkpoint in it.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"There is no run {str(run)!r}: give a run's output_dir, or one of its checkpoints.")
+    if (run / TEXTS).exists() or (run / "MANIFEST.json").exists():
+        if step is not None:
+            raise CheckpointError(f"{run} is a checkpoint: leave --step out, or give the run's directory.")
+        return run
+    found = list_checkpoints(run)
+    if not found:
+        raise CheckpointError(f"{run} holds no checkpoint. One is written every save_steps and at the end of a run.")
+    if step is not None:
+        wanted = checkpoint_dir(run, step)
+        if wanted not in found:
+            raise CheckpointError(f"{run} has no checkpoint of step {step}. It has {', '.join(p.name for p in found)}.")
+        return wanted
+    saved = [p for p in found if (p / TEXTS).exists()]
+    if not saved:
+        raise CheckpointError(
+            f"None of the {len(found)} checkpoints of {run} holds saved rollouts: train with save_rollouts=N to keep "
+            f"N of each."
+        )
+    return saved[-1]
+
+
+def make_report(saved: SavedRollouts, checkpoint: Path, rows: list[int] | None = None) -> dict[str, Any]:
+    """All that is shown, as JSON values: what each column means, the settings, and each completion's tokens.
+
+    Raises:
+        CheckpointError: A row is not among the saved ones.
+    """
+    known = range(len(saved.completions))
+    for row in rows or []:
+        if row not in known:
+            raise CheckpointError(
+                f"{checkpoint} has no row {row}: its {len(known)} saved rows are 0 to {len(known) - 1}."
+            )
+    columns = _columns(saved)
+    completions = []
+    for row in known if rows is None else rows:
+        completions.append(
+            {
+                "row": row,
+                "prompt": saved.prompts[row],
+                "completion": saved.completions[row],
+                "ended": bool(saved.ended[row]),
+                "score": _number(saved.scores[row][saved.mask[row]].sum().item()),
+                "kl": _number(saved.kl_to_ref[row].sum().item()),
+                "tokens": _tokens(saved, row, columns),
+            }
+        )
+    return {
+        "checkpoint": str(checkpoint),
+        "name": checkpoint.name,
+        "settings": {name: saved.settings[name] for name in _SHOWN_SETTINGS if saved.settings.get(name) is not None},
+        "streams": dict(zip(saved.streams, saved.gammas, strict=True)),
+        "columns": {name: meaning for name, (meaning, _) in columns.items()},
+        "completions": completions,
+    }
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print one table per completion."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 240
+    console.print(Text(f"{report['checkpoint']}  {report['settings']}"))
+    for completion in report["completions"]:
+        table = Table(title=f"row {completion['row']}: score {cell(completion['score'])}, kl {cell(completion['kl'])}")
+        table.add_column("token", overflow="fold")
+        for name in report["columns"]:
+            table.add_column(name, justify="right")
+        for token in completion["tokens"]:
+            table.add_row(Text(in_one_line(label(token))), *(cell(token[name]) for name in report["columns"]))
+        console.print(Text(f"prompt: {completion['prompt']!r}"))
+        console.print(Text(f"completion: {completion['completion']!r}"))
+        console.print(table)
+
+
+def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
+    """Name -> what it means, in words and equations, and its ``(N, T)`` numbers; each stream's after the totals."""
+    several = len(saved.streams) > 1
+    total = ", summed over the streams" if several else ""
+    columns = {
+        "old": ("log-probability of the token under the policy that sampled it", saved.logprobs),
+        "new": ("log-probability after this iteration's update", saved.new_logprobs),
+        "ref": ("log-probability under the reference", saved.ref_logprobs),
+        "kl": ("old − ref, in nats: what this token adds to the KL estimate k1", saved.kl_to_ref),
+        "reward": (
+            "the token's score, minus the KL penalty where that is in the reward" + total,
+            saved.rewards.sum(-1),
+        ),
+        "value": (
+            "the critic's estimate of the reward to go, before the token; 0 without a critic" + total,
+            saved.values.sum(-1),
+        ),
+        "td": ("TD residual: reward + gamma × next value − value" + total, saved.td_residuals.sum(-1)),
+        "advantage": (_advantage_meaning(saved.settings), saved.advantages),
+        "return": ("what the critic is taught to say here" + total, saved.returns.sum(-1)),
+        "to_go": ("reward to go: reward + gamma × the next token's reward to go" + total, saved.rewards_to_go.sum(-1)),
+        "ratio": ("probability after the update over probability at sampling: exp(new − old)", saved.ratio),
+        "outside": ("whether the ratio has left the band that the clip allows", saved.outside_band),
+        "clipped": (
+            "whether the clip has made the loss flat: the ratio is beyond the edge that the advantage pushes it to",
+            saved.clipped,
+        ),
+    }
+    if saved.settings["kl_estimator"] != "k1":
+        columns["kl_penalty"] = ("the KL that the reward pays for, by kl_estimator", saved.kl_penalty)
+    for k, name in enumerate(saved.streams if several else []):
+        for quantity, numbers in (("reward", saved.rewards), ("value", saved.values), ("return", saved.returns)):
+            columns[f"{quantity} {name}"] = (f"{quantity} of the stream {name!r} alone", numbers[..., k])
+        columns[f"td {name}"] = (f"TD residual of the stream {name!r} alone", saved.td_residuals[..., k])
+    return columns
+
+
+def _advantage_meaning(settings: dict[str, Any]) -> str:
+    meaning = "the token's weight in the policy's gradient: " + _WEIGHTS.get(
+        settings["estimator"], settings["estimator"]
+    )
+    if settings["baseline"] == "auto":
+        meaning += " (of a critic that explains nothing of the batch: reward to go − the batch's mean)"
+    if settings["whiten_advantages"]:
+        meaning += "; shown as the update used it, whitened: minus its mean, over its standard deviation, in the batch"
+    return meaning
+
+
+def _tokens(saved: SavedRollouts, row: int, columns: dict[str, tuple[str, Any]]) -> list[dict[str, Any]]:
+    """One record per token; what is not known of a token, such as any number of one that does not count, is None."""
+    numbers = {name: values[row].tolist() for name, (_, values) in columns.items()}
+    mask, learned, ids = (tensor[row].tolist() for tensor in (saved.mask, saved.learned, saved.completion_ids))
+
+    def known(name: str, t: int) -> bool:
+        return learned[t] if name in _OF_THE_UPDATE else mask[t]
+
+    return [
+        {"token": token, "text": text, "id": ids[t], "learned": learned[t]}
+        | {name: _number(column[t]) if known(name, t) else None for name, column in numbers.items()}
+        for t, (token, text) in enumerate(zip(saved.tokens[row], saved.texts[row], strict=True))
+    ]
+
+
+def _number(value: float | bool) -> float | bool | None:
+    """A value that JSON can hold."""
+    return value if math.isfinite(value) else None
