@@ -21,10 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lmppo.metrics import distinct_n
-from lmppo.models import ActorCritic, Reference
+from lmppo.models import ActorCritic, Reference, score_tokens
 from lmppo.plots import read_metrics
 from lmppo.prompts import cut_prompts, pad_left
-from lmppo.rollout import decode_completions, score_samples
+from lmppo.rollout import decode_completions
 from lmppo.sampling import EVALUATION, SamplingParams, sample, uniform_noise
 from reward_models import load
 from reward_models.reviews import load_reviews
@@ -54,7 +54,7 @@ def complete(policy: str, prompts: list[list[int]], tokens: int, seed: int) -> t
         rows = prompts[start : start + 256]
         noise = uniform_noise(seed, 0, range(start, start + len(rows)), tokens, purpose=EVALUATION)
         samples = sample(model, *pad_left(rows, max(map(len, rows))), noise, params)
-        ref_logprobs = score_samples(reference.logits, samples, 1.0, 64)
+        ref_logprobs = score_tokens(reference.logits, samples, 1.0, 64)
         kl += (samples.logprobs - ref_logprobs).sum(dim=1).tolist()
         texts += decode_completions(tokenizer, samples.completion_ids, samples.completion_mask)
         ids.append(samples.completion_ids)

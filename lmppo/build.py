@@ -102,12 +102,14 @@ def make_streams(reward_funcs: Any, reward_streams: Any) -> list[RewardStream]:
     """The reward streams of a run: those given, or one with all reward functions.
 
     Raises:
-        ValueError: Both or neither are given, or a stream has a key that does not exist.
+        ValueError: Both or neither are given, there is no function, or a stream has a key that does not exist.
     """
     if (reward_funcs is None) == (reward_streams is None):
         raise ValueError("give either reward_funcs or reward_streams: one of the two, and not both.")
     if reward_streams is None:
         functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        if not functions:
+            raise ValueError("reward_funcs is empty: give at least one reward function.")
         return [RewardStream("reward", functions)]
     return [stream if isinstance(stream, RewardStream) else _as_stream(stream) for stream in reward_streams]
 

@@ -9,6 +9,7 @@ blocks. The held-out ``evaluation`` split gives bits per byte, and a few samples
 import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -53,6 +54,7 @@ def main() -> None:
     trainer.train()
     seconds = time.perf_counter() - started
     trainer.save_model(args.output_dir)
+    Path(args.output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle, and the YAML says the same
     if not trainer.is_world_process_zero():
         return
 

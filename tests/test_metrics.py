@@ -124,8 +124,18 @@ def test_distinct_n_by_hand(rows, n, expected):
 
 
 def test_every_name_that_is_logged_has_a_meaning_and_every_meaning_a_number(tmp_path):
-    make_trainer(tmp_path, max_steps=1).train()
-    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    row = {}
+    for i, settings in enumerate(
+        (
+            {},
+            {"objective": "kl_penalty"},
+            {"objective": "trpo"},
+            {"baseline": "auto"},
+            {"kl_estimator": "k2", "kl_placement": "loss"},
+        )
+    ):
+        make_trainer(tmp_path / str(i), max_steps=1, **settings).train()
+        row |= json.loads((tmp_path / str(i) / "metrics.jsonl").read_text())
     documented = {name.format(name="count_a") for name in METRICS}
     assert set(row) == documented
     required = {"step", "reward", "reward_std", "rewards/count_a/mean", "kl_to_ref", "kl_coef", "approx_kl", "clip_frac",

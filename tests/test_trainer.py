@@ -208,7 +208,7 @@ NEEDING_ANOTHER = [
     ("truncation_penalty", {"truncation": "penalty"}, 2.0),
     ("dual_clip", {"clip_range": 0.01, "max_grad_norm": 100.0}, 1.001),
     ("policy_kl_coef", BETA, 30.0),
-    ("policy_kl_target", BETA, 1e-6),
+    ("policy_kl_target", BETA, 1e3),
     ("trpo_max_kl", TRPO, 1e-4),
     ("trpo_cg_steps", TRPO, 1),
     ("trpo_damping", TRPO, 10.0),

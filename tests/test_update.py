@@ -284,8 +284,9 @@ def test_eos_is_trained_although_it_is_also_the_pad():
     before = logprob()
     zeros = torch.zeros(2, 1, 1)
     experience = Experience(
-        ids, mask, tokens, counted, torch.ones(2, 1, 1).bool(), before[:, None], zeros, torch.ones(2, 1), zeros
-    )
+        ids, mask, tokens, counted, torch.ones(2, 1, 1).bool(), before[:, None], before[:, None], zeros,
+        torch.ones(2, 1), zeros,
+    )  # fmt: skip
     update(model, experience, rollout_batch_size=2, minibatch_size=2)
     assert (logprob() > before + 0.01).all()
 
