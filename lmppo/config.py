@@ -19,10 +19,12 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 # Why the gradient of a KL penalty to the reference is biased (arXiv 2510.01555, 2512.21852; tests prove each).
 _KL_BIAS = {
-    ("k2", "reward"): "E[k2] is not the KL divergence, and its gradient is off already to first order",
+    ("k2", "reward"): "E[k2] is not the KL, and near the reference its score-function gradient hardly pulls back",
     ("k3", "reward"): "the part of the gradient in which k3 itself depends on the policy is missing",
     ("exact", "reward"): "a state's own KL is only a baseline there, so its own gradient is missing: use 'both'",
+    ("k2", "both"): "the reward has k2's bias still: use 'exact', or k1 in the reward",
     ("k1", "loss"): "the expected gradient of log pi under pi is 0, so nothing is penalized: use 'reward'",
+    ("k2", "loss"): "right for each state by itself, but what a token does to the KL of later states is left out",
     ("k3", "loss"): "its gradient is that of KL(reference || policy), the other direction",
     ("exact", "loss"): "what a token does to the KL of later states is left out: use 'both'",
 }
@@ -161,7 +163,7 @@ class PPOConfig:
     kl_target: float | None = _knob(None, "Adapt kl_coef to hold kl_to_ref (nats per completion) here.")
     kl_horizon: int = _knob(10000, "Completions over which the adaptive kl_coef reacts.")
     kl_estimator: str = _knob("k1", f"What measures that KL: {', '.join(KL_ESTIMATORS)} (over the vocabulary).")
-    kl_placement: str = _knob("reward", "Where it stands: reward, loss, or both ('exact' only: each state's once).")
+    kl_placement: str = _knob("reward", "Where it stands: reward, loss, or both (in the loss each state's own).")
     truncation: str = _knob("end", f"What becomes of a completion cut without EOS: {', '.join(TRUNCATIONS)}.")
     truncation_penalty: float = _knob(1.0, "Taken from a cut completion's reward, with truncation='penalty'.")
 
@@ -247,7 +249,7 @@ class PPOConfig:
         if bias and self.kl_coef > 0:
             warnings.warn(
                 f"kl_estimator={self.kl_estimator!r} with kl_placement={self.kl_placement!r} has a biased gradient: "
-                f"{bias} (arXiv 2510.01555). Unbiased: k1 in the reward, exact in both.",
+                f"{bias} (arXiv 2510.01555). Unbiased: k1 in the reward, exact or k3 in both.",
                 stacklevel=3,
             )
 
@@ -298,9 +300,9 @@ class PPOConfig:
                 f"critic_lam and adaptive_lam_alpha are GAE's: estimator={self.estimator!r} has no lambda.",
             ),
             (
-                self.kl_placement == "both" and self.kl_estimator != "exact",
-                f"kl_placement='both' counts each state's KL once only with kl_estimator='exact', not "
-                f"{self.kl_estimator!r}.",
+                self.kl_placement == "both" and self.kl_estimator == "k1",
+                "kl_placement='both' adds only noise to kl_estimator='k1', whose gradient in a loss is 0 on average: set "
+                "kl_placement='reward'.",
             ),
             (
                 self.objective == "policy_gradient" and not whole,

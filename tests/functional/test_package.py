@@ -39,7 +39,7 @@ def test_the_public_list_is_complete():
     assert exported == sorted(exported)
     defined = {
         name
-        for module in ("advantages", "kl", "losses", "masked")
+        for module in ("advantages", "baselines", "kl", "losses", "masked")
         for name, thing in vars(sys.modules[f"lmppo.functional.{module}"]).items()
         if inspect.isfunction(thing) and not name.startswith("_") and thing.__module__ == f"lmppo.functional.{module}"
     }

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lmppo.rewards import ClassifierReward, RewardSet
 from reward_models import load, train_classifier, train_preference
+from reward_models.bag_of_words import teacher_probabilities
 from reward_models.calibration import report
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "configs" / "sentiment_classifier.yaml"
@@ -94,11 +95,52 @@ def test_dropout_is_on_in_training_and_not_in_what_is_saved(trunk):
 
 def test_no_held_out_text_is_trained_on(few_texts):
     texts = train_classifier.classifier_texts(train_classifier.ClassifierArguments(), seed=0)
-    rows = train_classifier.training_rows(texts, 3, tiny_tokenizer())
+    arguments = train_classifier.ClassifierArguments(sentence_repeats=3)
+    rows = train_classifier.training_rows(texts, arguments, tiny_tokenizer())
     assert len(rows) == 32 + 3 * 32
     trained = set(tiny_tokenizer().batch_decode(list(rows["input_ids"])))
     assert not trained & set(texts.filter(lambda held_out: held_out, input_columns="held_out")["text"])
     assert set(rows.column_names) == {"input_ids", "labels"}
+
+
+def test_the_teacher_has_not_seen_the_text_it_judges():
+    """A word that stands in one text only, and decides its label, tells a model without that text nothing."""
+    texts = [f"{WORDS[i % 2]} film number{i}" for i in range(200)]
+    labels = [i % 2 for i in range(200)]
+    labels[0] = 1 - labels[0]  # a wrong label
+    judged = teacher_probabilities(texts, labels, [1.0] * 200)
+    assert ((judged > 0.5) == torch.tensor([i % 2 == 1 for i in range(200)])).all(), "by the word, not by the label"
+    assert judged[0] < 0.2
+
+
+def test_weights_decide_whom_the_teacher_believes():
+    texts = [f"{word} {i}" for i in range(100) for word in ("fine", "fine")]
+    labels = [0, 1] * 100
+    low = teacher_probabilities(texts, labels, [3.0, 1.0] * 100)
+    high = teacher_probabilities(texts, labels, [1.0, 3.0] * 100)
+    assert (low < high).all()
+
+
+def test_targets_are_between_label_and_teacher(few_texts, monkeypatch):
+    texts = train_classifier.classifier_texts(train_classifier.ClassifierArguments(), seed=0)
+    monkeypatch.setattr(train_classifier, "teacher_probabilities", lambda t, labels, w: torch.full((len(t),), 0.6))
+    for share, expected in ((0.0, {0.0, 1.0}), (0.5, {0.3, 0.8}), (1.0, {0.6})):
+        arguments = train_classifier.ClassifierArguments(teacher_share=share)
+        rows = train_classifier.training_rows(texts, arguments, tiny_tokenizer())
+        targets = torch.tensor(rows["labels"])
+        assert {round(t, 4) for t in targets[:, 1].tolist()} == expected
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(len(targets)))
+
+
+def test_hidden_tokens_are_the_share_that_was_asked_for_and_padding_is_left_alone():
+    collate = train_classifier.HidingCollator(tiny_tokenizer(), share=0.25)
+    features = [{"input_ids": [5] * n, "labels": [0.5, 0.5]} for n in (4000, 2000)]
+    torch.manual_seed(0)
+    batch = collate(features)
+    counted = batch["attention_mask"].bool()
+    assert counted.sum(dim=1).tolist() == [4000, 2000]
+    assert (batch["input_ids"][counted] == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert set(batch["input_ids"][counted].tolist()) == {0, 5}
 
 
 def test_the_recipe_and_the_defaults_say_the_same():
