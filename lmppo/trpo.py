@@ -5,7 +5,7 @@
 To second order the KL is ``0.5 * s^T F s`` in the step ``s``, with ``F`` the Fisher matrix, so the best direction solves
 ``F x = g`` for the gradient ``g`` of the surrogate, and the longest step within the ball is
 ``sqrt(2 * trpo_max_kl / x^T F x) * x``. F is never built: conjugate gradients need only its products with vectors.
-Each costs about twice a PPO step's forward and backward pass, which is N16's trouble, and why N17 has a clip instead.
+Each costs about three times a forward and backward pass of PPO: N16's trouble, and why N17 has a clip instead.
 """
 
 import functools
@@ -27,6 +27,7 @@ from lmppo.sampling import NonFiniteError
 BACKTRACK = 0.8
 """Each try of the line search is this much shorter than the one before."""
 
+Measures = dict[str, float]
 _MEASURES = ("policy_loss", "trpo/kl", "approx_kl", "entropy", "ratio", "log_ratio_max")
 
 
@@ -102,9 +103,8 @@ def _natural_step(batch: "PolicyBatch", gradient: Tensor, config: PPOConfig, ite
     return (2 * config.trpo_max_kl / curvature).sqrt() * direction, residual.item()
 
 
-def _line_search(
-    batch: "PolicyBatch", step: Tensor, start: dict[str, float], config: PPOConfig
-) -> tuple[dict[str, float], float]:
+@torch.no_grad()
+def _line_search(batch: "PolicyBatch", step: Tensor, start: Measures, config: PPOConfig) -> tuple[Measures, float]:
     """Take the longest step that passes: its measures and its fraction of the whole; the start and 0 if none does.
 
     The parameters are written only then, so that a refused step leaves nothing behind.
@@ -113,9 +113,8 @@ def _line_search(
         candidate = batch.moved_by(BACKTRACK**i * step)
         after = batch.measure(candidate)
         if after["policy_loss"] < start["policy_loss"] and after["trpo/kl"] <= config.trpo_max_kl:
-            with torch.no_grad():
-                for name, parameter in batch.parameters.items():
-                    parameter.copy_(candidate[name])
+            for name, parameter in batch.parameters.items():
+                parameter.copy_(candidate[name])
             return after, BACKTRACK**i
     return start, 0.0
 
@@ -125,7 +124,7 @@ def conjugate_gradients(
 ) -> Tensor:
     """The solution of ``A x = target`` from products with A alone, exact after as many steps as A has eigenvalues.
 
-    Hestenes and Stiefel 1952; Schulman et al. 2015 (arXiv 1502.05477), appendix C.1; N16.
+    Hestenes and Stiefel 1952; Schulman et al. 2015 (arXiv 1502.05477), appendix C; N16.
 
     Args:
         product: ``v -> A v`` for a symmetric, positive definite A.
@@ -157,8 +156,8 @@ def conjugate_gradients(
 class PolicyBatch:
     """A batch as functions of the policy's trainable parameters: all means are over its counted tokens.
 
-    Every process computes its share of the rows, micro-batch by micro-batch, and all get the same means. Old and new
-    distributions are compared within a micro-batch, so that no more than two ``(micro_batch_size, T, V)`` exist at once.
+    Every process computes its share of the rows, and all get the same means. Old and new distributions are computed
+    side by side, micro-batch by micro-batch, so that those of the whole batch, ``(B, T, V)``, never exist at once.
 
     Args:
         policy: The policy; its present parameters are the old ones.
@@ -198,7 +197,7 @@ class PolicyBatch:
         return self._mean(one_product)
 
     @torch.no_grad()
-    def measure(self, parameters: dict[str, Tensor]) -> dict[str, float]:
+    def measure(self, parameters: dict[str, Tensor]) -> Measures:
         """The policy with some of its parameters replaced, against the policy as it is."""
 
         def one_row(micro: Experience) -> Tensor:
