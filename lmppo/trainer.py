@@ -93,7 +93,7 @@ class PPOTrainer:
             raise ValueError("train_dataset is missing: give rows with a `prompt`.")
         self.accelerator = make_accelerator(self.args)
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
-        policy = load_policy(model, peft_config)
+        policy: Any = load_policy(model, peft_config)
         self.processing_class = processing_class or load_tokenizer(policy.config._name_or_path)
         policy.to(self.accelerator.device)
         if isinstance(ref_model, str):

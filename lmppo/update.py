@@ -182,7 +182,8 @@ def ppo_loss(
         micro.prompt_ids, micro.prompt_mask, micro.completion_ids, mask,
         values_only=not learns.policy, policy_only=not learns.critic,
     )  # fmt: skip
-    per_token, sums = torch.zeros_like(micro.advantages), {}
+    per_token = torch.zeros_like(micro.advantages)
+    sums: dict[str, Tensor] = {}
     if learns.critic:
         value_loss, sums = _value_loss(values, micro, config)
         per_token = per_token + (config.vf_coef if learns.policy else 1.0) * value_loss

@@ -103,7 +103,7 @@ def main() -> None:
         eval_dataset=held_out_prompts,
         processing_class=tokenizer,
         peft_config=make_peft_config(recipe),
-        critic=recipe.critic_model_name_or_path,
+        critic=None if recipe.critic_model_name_or_path == "none" else recipe.critic_model_name_or_path,
     )
     before = trainer.sample_eval()
     metrics_before = trainer.evaluate(before)

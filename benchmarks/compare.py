@@ -1,0 +1,103 @@
+r"""Why the main job is set up as it is: its critic, estimators and baselines side by side, over several seeds.
+
+    python benchmarks/compare.py --seeds 0 1 2 --jobs 2
+
+Each variant and seed is one run of the recipe with one CPU thread, `jobs` of them at a time; runs that are there already
+are not repeated. Prints a table and draws reward against KL, steps and seconds, and the critic's explained variance.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from lmppo.plots import read_metrics
+
+NO_CRITIC = "--critic_model_name_or_path none --estimator rewards_to_go"
+ZERO_HEAD = "--critic_model_name_or_path none --lam 0.95 --critic_learning_rate 3e-3"
+VARIANTS = {
+    "main job: reward model as critic, gae 0.7": "",
+    "the same, gae 0.95": "--lam 0.95",
+    "the same, rewards-to-go (gae 1.0)": "--lam 1.0",
+    "no critic: leave_one_out of 4": f"{NO_CRITIC} --baseline leave_one_out --num_generations 4",
+    "no critic: batch_mean": f"{NO_CRITIC} --baseline batch_mean",
+    "zero value head, gae 0.95": ZERO_HEAD,
+    "zero value head, 3 steps of warm-up": f"{ZERO_HEAD} --critic_warmup_steps 3 --critic_warmup_epochs 4",
+}
+
+
+def run_dir(variant: int, seed: int) -> Path:
+    """Where a run of a variant is."""
+    return Path(f"runs/benchmarks/compare-{variant}-{seed}")
+
+
+def launch(variant: int, seed: int) -> None:
+    """Run the recipe as a user would, its output in a file beside the run."""
+    output_dir, flags = run_dir(variant, seed), list(VARIANTS.values())[variant]
+    if (output_dir / "final").exists():
+        return
+    command = ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "recipes/ppo_sentiment.py"]
+    command += ["--config", "recipes/configs/tiny_reviews.yaml", "--seed", str(seed), "--output_dir", str(output_dir)]
+    command += ["--cpu_threads", "1", "--disable_tqdm", "true", *shlex.split(flags)]
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with output_dir.with_suffix(".log").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def curves(variant: int, seeds: list[int]) -> dict[str, torch.Tensor]:
+    """Means over seeds, by step: reward, KL, explained variance and seconds since the start."""
+    runs = [read_metrics(run_dir(variant, seed)) for seed in seeds]
+    names = ("reward", "kl_to_ref", "explained_variance", "time/rollout", "time/update")
+    means = {n: torch.tensor([[row[n] for row in rows] for rows in runs]).mean(dim=0) for n in names}
+    return means | {"seconds": (means["time/rollout"] + means["time/update"]).cumsum(0)}
+
+
+def main() -> None:
+    """Run, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/compare.png"))
+    args = parser.parse_args()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(launch, *zip(*[(v, s) for s in args.seeds for v in range(len(VARIANTS))], strict=True)))
+
+    figure, axes = plt.subplots(1, 4, figsize=(19, 4.6), layout="constrained")
+    print("| variant | reward, last 5 steps | KL there | seconds per step | reward at half the main job's time |")
+    print("|---|---|---|---|---|")
+    half = curves(0, args.seeds)["seconds"][-1] / 2
+    for variant, label in enumerate(VARIANTS):
+        c = curves(variant, args.seeds)
+        steps = torch.arange(1, len(c["reward"]) + 1)
+        pairs = ((c["kl_to_ref"], "reward"), (steps, "reward"), (c["seconds"], "reward"), (steps, "explained_variance"))
+        for axis, (x, name) in zip(axes, pairs, strict=True):
+            axis.plot(x, c[name].clamp(min=-1.0), label=label, alpha=0.85)
+        by_then = c["reward"][: int((c["seconds"] <= half).sum())][-3:].mean()
+        last = [c[n][-5:].mean().item() for n in ("reward", "kl_to_ref")]
+        print(f"| {label} | {last[0]:.2f} | {last[1]:.1f} | {c['seconds'][-1] / len(steps):.2f} | {by_then:.2f} |")
+    titles = (
+        "reward against KL (nats)",
+        "reward by step",
+        "reward by seconds",
+        "explained variance by step (cut at -1)",
+    )
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.picture, dpi=100)
+    print(f"{time.strftime('%Y-%m-%d')}, {args.jobs} runs at a time of 1 thread each; {args.picture}")
+
+
+if __name__ == "__main__":
+    main()
