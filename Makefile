@@ -22,7 +22,7 @@ demo: $(VENV)/.installed-demo
 		--config recipes/configs/tiny_reviews.yaml $(ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 setup: $(VENV)/.installed-test
 

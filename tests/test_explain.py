@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PROMPTS, gpt2, make_samples, with_values
+from builders import PROMPTS, gpt2, make_samples, trained, with_values
 from fakes import letter_tokenizer, tiny_tokenizer
 
 from lmppo.checkpoint import CheckpointError, checkpoint_dir
@@ -555,3 +555,23 @@ def test_the_command_is_installed_and_help_is_quick():
     code += "finally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "--html PATH" in done.stdout and done.stdout.endswith("False\n"), done.stdout + done.stderr
+
+
+def test_from_the_trainer_to_the_page(tmp_path):
+    """`save_rollouts` keeps completions with each checkpoint, and the command shows the newest."""
+    trainer = trained(tmp_path, save_rollouts=3, save_steps=1, max_steps=2, kl_coef=0.1)
+    saved = load_saved_rollouts(checkpoint_dir(tmp_path, 2))
+    row = trainer.state.log_history[-1]
+    assert len(saved.completions) == 3 and saved.settings["kl_coef"] == 0.1
+    model = trainer.actor_critic.policy
+    for i in range(3):
+        n = int(saved.mask[i].sum())
+        prompt = letter_tokenizer()(saved.prompts[i])["input_ids"]
+        ids = torch.tensor([prompt + saved.completion_ids[i, :n].tolist()])
+        with torch.no_grad():
+            now = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = now.gather(-1, saved.completion_ids[i, :n, None])[:, 0]
+        torch.testing.assert_close(saved.new_logprobs[i, :n], expected, atol=1e-5, rtol=1e-5)
+    assert row["step"] == 2
+    assert main(["explain", str(tmp_path)]) in (None, 0)
+    assert "<html" in (tmp_path / "explain-step-000002.html").read_text()

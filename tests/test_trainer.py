@@ -238,7 +238,8 @@ def test_settings_that_need_another_one_do_something_with_it(tmp_path, name, sta
 
 @pytest.mark.parametrize(
     "settings",
-    [{"logging_steps": 2}, {"save_steps": 1}, {"save_steps": 1, "save_total_limit": 2}, {"log_completions": 2},
+    [{"logging_steps": 2}, {"save_steps": 1}, {"save_steps": 1, "save_total_limit": 2},
+     {"save_steps": 1, "save_rollouts": 3}, {"log_completions": 2},
      {"report_to": ["tensorboard"]}, {"report_to": ["none"]}, {"run_name": "x"}, {"disable_tqdm": False}, {}],
     ids=str,
 )  # fmt: skip
