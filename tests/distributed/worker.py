@@ -16,8 +16,14 @@ RUNS = {
     "separate": {"critic_learning_rate": 2e-2},
     "lora": {"ent_coef": 0.05, "top_p": 0.9, "learning_rate": 3e-2},
     "warm-up": {"critic_warmup_steps": 1, "weight_decay": 0.1, "target_kl": 10.0, "kl_target": 0.05, "kl_horizon": 40},
-    "kl-penalty": {"objective": "kl_penalty", "critic_epochs": 3, "kl_estimator": "exact", "kl_placement": "both",
-                   "truncation": "bootstrap", "save_rollouts": 5},
+    "kl-penalty": {
+        "objective": "kl_penalty",
+        "critic_epochs": 3,
+        "kl_estimator": "exact",
+        "kl_placement": "both",
+        "truncation": "bootstrap",
+        "save_rollouts": 5,
+    },
     "trpo": {"objective": "trpo", "trpo_max_kl": 0.02, "trpo_damping": 1.0, "trpo_cg_steps": 3},
     "critic-free": {"estimator": "rewards_to_go", "baseline": "leave_one_out", "truncation": "mask"},
 }
