@@ -1,0 +1,99 @@
+"""Every method of the notes on one small language model whose answers are exact: tables and pictures, on a CPU.
+
+    python recipes/estimator_lab.py --output_dir runs/estimator-lab
+
+Writes lab.md (the tables), lab.json (every number) and lab-*.png; docs/notes.md tells what they show.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lab_curves
+import lab_plots
+import torch
+from lab_estimators import bandits, curves, language_model, table
+from lab_problem import at_the_end, dense
+from lab_report import report
+from lab_reuse import reuse, streams
+from lab_training import OBJECTIVES, learn
+from transformers.utils.logging import disable_progress_bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much is drawn and trained."""
+
+    sizes: list[int]
+    batches: int
+    steps: int
+    seeds: int
+    passes: int
+    stream_steps: int
+
+
+FULL = Effort(sizes=[16, 64, 256], batches=1000, steps=30, seeds=3, passes=40, stream_steps=50)
+QUICK = Effort(sizes=[16, 64], batches=50, steps=2, seeds=1, passes=2, stream_steps=2)
+
+
+def run(effort: Effort) -> dict[str, Any]:
+    """All numbers of the lab."""
+    problem = language_model()
+    sparse_problem = dataclasses.replace(problem, rewards=at_the_end(problem.rewards))
+    middle = effort.sizes[1]
+    objectives = {
+        name: learn(effort.steps, effort.seeds, objective=name, **settings) for name, settings in OBJECTIVES.items()
+    }
+    return {
+        "effort": dataclasses.asdict(effort),
+        "true_gradient_length": problem.true_gradient().norm().item(),
+        "dense": table(problem, effort.sizes, effort.batches),
+        "sparse": table(sparse_problem, effort.sizes, effort.batches),
+        "knobs": curves(problem, middle, effort.batches),
+        "bandits": bandits(middle, effort.batches),
+        "objectives": objectives,
+        "rewards": {"sparse": objectives["clip"], "dense": learn(effort.steps, effort.seeds, reward=dense)},
+        "reuse": reuse(effort.passes, effort.seeds),
+        "streams": streams(effort.stream_steps),
+    }
+
+
+def draw(lab: dict[str, Any], directory: Path) -> None:
+    """All pictures."""
+    sizes = lab["effort"]["sizes"]
+    lab_plots.draw_estimators(lab["dense"], sizes[1], directory / "lab-estimators.png")
+    lab_plots.draw_sizes(lab["dense"], sizes, directory / "lab-sizes.png")
+    lab_plots.draw_knobs(lab["knobs"], sizes[1], directory / "lab-knobs.png")
+    lab_plots.draw_bandits(lab["bandits"], sizes[1], directory / "lab-bandits.png")
+    tables = {pay: lab[pay] for pay in ("sparse", "dense")}
+    lab_curves.draw_dense(tables, lab["rewards"], sizes[1], directory / "lab-dense.png")
+    lab_curves.draw_objectives(lab["objectives"], directory / "lab-objectives.png")
+    lab_curves.draw_reuse(lab["reuse"], directory / "lab-reuse.png")
+    lab_curves.draw_streams(lab["streams"], directory / "lab-streams.png")
+
+
+def main() -> None:
+    """Run the lab, print its tables, and write everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/estimator-lab"))
+    parser.add_argument("--quick", action="store_true", help="Little of everything: a few seconds, rough numbers.")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    torch.set_num_threads(1)  # the model is far too small to share out
+    disable_progress_bar()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    lab = run(QUICK if args.quick else FULL)
+    text = report(lab)
+    lab["seconds"] = time.perf_counter() - started
+    (args.output_dir / "lab.json").write_text(json.dumps(lab, indent=1) + "\n")
+    (args.output_dir / "lab.md").write_text(text)
+    draw(lab, args.output_dir)
+    print(text)
+    print(f"{args.output_dir}: lab.md, lab.json and pictures, in {time.perf_counter() - started:.0f} seconds.")
+
+
+if __name__ == "__main__":
+    main()

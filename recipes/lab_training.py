@@ -1,0 +1,91 @@
+"""The lab, second part: the real trainer on the same task, judged by the exact return of the policy it has made."""
+
+import functools
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+from lab_problem import (
+    COMPLETIONS,
+    HORIZON,
+    KL_COEF,
+    PROMPT,
+    make_model,
+    make_tokenizer,
+    next_logits,
+    on_grid,
+    pay,
+    sparse,
+)
+from torch import Tensor
+
+from lmppo import PPOConfig, PPOTrainer
+from lmppo.functional.exact import completion_logprobs, expectation, optimal_policy, sequence_kl, state_logits
+
+SCORES = on_grid(pay).sum(dim=1)
+ROLLOUT_SIZE = 64
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "kl_penalty": {},
+    "importance_sampled": {},
+    "policy_gradient": {"ppo_epochs": 1, "minibatch_size": ROLLOUT_SIZE, "learning_rate": 1e-2},
+    "trpo": {"critic_epochs": 4},
+}
+
+
+def make_trainer(directory: str, *, seed: int, reward: Any = sparse, **rest: Any) -> PPOTrainer:
+    """The library's trainer; ``rest`` holds a critic, reward streams, and settings of the configuration."""
+    arguments = {name: rest.pop(name) for name in ("critic", "reward_streams") if name in rest}
+    settings = {
+        "rollout_batch_size": ROLLOUT_SIZE, "minibatch_size": 16, "micro_batch_size": ROLLOUT_SIZE,
+        "max_completion_length": HORIZON, "learning_rate": 3e-3, "kl_coef": KL_COEF, "value_clip_range": None,
+    } | rest  # fmt: skip
+    return PPOTrainer(
+        model=make_model(),
+        reward_funcs=None if "reward_streams" in arguments else reward,
+        args=PPOConfig(output_dir=directory, seed=seed, use_cpu=True, disable_tqdm=True, **settings),
+        train_dataset=[PROMPT],
+        processing_class=make_tokenizer(),
+        **arguments,
+    )
+
+
+@torch.no_grad()
+def exact_logprobs(model: Any) -> Tensor:
+    """``(N, T)`` float64 what a model says of every completion."""
+    return completion_logprobs(state_logits(lambda ids: next_logits(model, ids).double(), COMPLETIONS), COMPLETIONS)
+
+
+@functools.cache
+def reference() -> tuple[Tensor, Tensor]:
+    """``(N, T)`` log-probabilities of the model before training, and J*, the best that can be made of it."""
+    logprobs = exact_logprobs(make_model())
+    return logprobs, optimal_policy(COMPLETIONS, logprobs, SCORES, kl_coef=KL_COEF)[1]
+
+
+def share_of_the_way(trainer: PPOTrainer) -> float:
+    """``(J - J_ref) / (J* - J_ref)`` with J = E[score] - kl_coef * KL(policy || reference), all three exact."""
+    ref_logprobs, best = reference()
+    policy = exact_logprobs(trainer.actor_critic.policy)
+    start = expectation(ref_logprobs, SCORES)
+    reached = expectation(policy, SCORES) - KL_COEF * sequence_kl(policy, ref_logprobs)
+    return ((reached - start) / (best - start)).item()
+
+
+def learn(steps: int, seeds: int, **settings: Any) -> dict[str, Any]:
+    """Curves of several seeds over the completions sampled, and a step's median CPU seconds (of one thread)."""
+    curves, seconds = [], []
+    for seed in range(seeds):
+        with tempfile.TemporaryDirectory() as directory:
+            trainer = make_trainer(directory, seed=seed, max_steps=steps, **settings)
+            curve = [share_of_the_way(trainer)]
+            for iteration in range(steps):
+                started = time.process_time()  # other work on the machine does not count
+                trainer.step(iteration)
+                seconds.append(time.process_time() - started)
+                curve.append(share_of_the_way(trainer))
+            curves.append(curve)
+    samples = [ROLLOUT_SIZE * i for i in range(steps + 1)]
+    return {"samples": samples, "share": curves, "seconds_per_step": statistics.median(seconds)}
