@@ -40,7 +40,7 @@ LABELS = ("NEGATIVE", "POSITIVE")
 # The shipped recipe; recipes/configs/sentiment_classifier.yaml says the same.
 DEFAULTS = {
     "output_dir": "runs/tiny-reviews-sentiment",
-    "num_train_epochs": 5,
+    "num_train_epochs": 3,
     "per_device_train_batch_size": 64,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
@@ -63,19 +63,19 @@ class ClassifierArguments:
     model_name_or_path: str = field(
         default="recipes/models/tiny-reviews-gpt2", metadata={"help": "Language model whose trunk is trained."}
     )
-    dropout: float = field(default=0.15, metadata={"help": "Dropout while training; the saved config keeps its own."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout while training; the saved config keeps its own."})
     min_words: int = field(default=10, metadata={"help": "Fewest words of a passage of an IMDb review."})
     max_words: int = field(default=45, metadata={"help": "Most words of a passage of an IMDb review."})
     plain_share: float = field(
-        default=0.5, metadata={"help": "Share of IMDb passages spelled in lower case, punctuation apart."}
+        default=0.3, metadata={"help": "Share of IMDb passages spelled in lower case, punctuation apart."}
     )
-    sentence_repeats: int = field(default=3, metadata={"help": "Times each Rotten Tomatoes sentence is in an epoch."})
+    sentence_repeats: int = field(default=2, metadata={"help": "Times each Rotten Tomatoes sentence is in an epoch."})
     teacher_share: float = field(
         default=0.8,
         metadata={"help": "Share of the linear teacher's probability in each target; the label has the rest."},
     )
     token_dropout: float = field(
-        default=0.1, metadata={"help": "Share of the tokens that are hidden (id 0) at each sight of a text."}
+        default=0.05, metadata={"help": "Share of the tokens that are hidden (id 0) at each sight of a text."}
     )
 
 
