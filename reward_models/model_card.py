@@ -19,7 +19,7 @@ POSITIVE. It is meant as a reward for language models of its size, not as a judg
 ```python
 from lmppo.rewards import ClassifierReward
 
-reward = ClassifierReward("path/to/{name}", output="log_odds")   # or plain AutoModelForSequenceClassification
+reward = ClassifierReward("path/to/{name}", output="log_odds")  # plain transformers loads it too
 ```
 
 ## Held-out numbers
