@@ -59,7 +59,7 @@ PER_TOKEN = {
     "td_residuals, bootstrapped": lambda m, x, y, z: td_residuals(x, y, m, bootstrap_values=per_row(x)),
     "gae, advantages": lambda m, x, y, z: gae(x, y, m, gamma=0.9, lam=0.8)[0],
     "gae, returns": lambda m, x, y, z: gae(x, y, m, gamma=0.9, lam=0.8)[1],
-    "gae, lambda by length": lambda m, x, y, z: gae(x, y, m, lam=length_adaptive_lam(m, lam=0.5, alpha=0.6))[0],
+    "gae, lambda by length": lambda m, x, y, z: gae(x, y, m, lam=length_adaptive_lam(m.bool(), lam=0.5, alpha=0.6))[0],
     "batch_mean_baseline": lambda m, x, y, z: batch_mean_baseline(x, m),
     "leave_one_out_baseline": lambda m, x, y, z: leave_one_out_baseline(x, m, group_size=2),
     "gae, bootstrapped": lambda m, x, y, z: gae(x, y, m, bootstrap_values=per_row(x))[0],
