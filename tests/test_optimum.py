@@ -109,6 +109,19 @@ def test_and_so_does_every_way_to_estimate_it(tmp_path, name):
     assert share_of_the_way(run(tmp_path, **settings)) > 0.99
 
 
+@pytest.mark.parametrize("max_kl", [1e-3, 1e-2])
+def test_a_trpo_step_stays_in_its_ball_and_improves_the_true_return(tmp_path, max_kl):
+    """Both measured over all completions. The ball is held on the batch, so its true size is off by sampling error."""
+    trainer = run(tmp_path, objective="trpo", trpo_max_kl=max_kl, max_steps=1, rollout_batch_size=4096,
+                  minibatch_size=512)  # fmt: skip
+    old = exact_logprobs(trainer.reference.model)  # the reference is the policy as it was
+    new = exact_logprobs(trainer.actor_critic.policy)
+    tokens = expectation(old, COMPLETIONS.mask.double().sum(dim=1))
+    per_token = sequence_kl(old, new) / tokens
+    assert 0.7 * max_kl < per_token < 1.1 * max_kl
+    assert expectation(new, SCORES) - KL_COEF * sequence_kl(new, old) > expectation(old, SCORES)
+
+
 @pytest.mark.filterwarnings("ignore:kl_estimator")
 @pytest.mark.parametrize("estimator, placement", [("k1", "loss"), ("k3", "loss"), ("k2", "reward")])
 def test_a_biased_penalty_goes_elsewhere(tmp_path, estimator, placement):
