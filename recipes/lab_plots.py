@@ -83,4 +83,4 @@ def draw_bandits(bandits: dict[str, Numbers], size: int, path: Path) -> None:
         axis.errorbar(x, y, xerr=errors, fmt=MARKERS[i], color=COLORS[i], label=label, capsize=2)
     axis.set(yticks=range(len(names)), yticklabels=names, xlabel=f"batches of {size}, {UNIT}")
     axis.legend()
-    save(figure, path, "The immediate reward is exact for a machine without state, and wrong for one that keeps it")
+    save(figure, path, "The immediate reward is exact without a state, and wrong with one")
