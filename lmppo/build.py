@@ -111,6 +111,8 @@ def make_streams(reward_funcs: Any, reward_streams: Any) -> list[RewardStream]:
         if not functions:
             raise ValueError("reward_funcs is empty: give at least one reward function.")
         return [RewardStream("reward", functions)]
+    if not any(getattr(s, "name", None) != "kl" and s != {"name": "kl"} for s in reward_streams):
+        raise ValueError("reward_streams has no stream with reward_funcs: give at least one.")
     return [stream if isinstance(stream, RewardStream) else _as_stream(stream) for stream in reward_streams]
 
 

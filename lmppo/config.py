@@ -197,7 +197,9 @@ class PPOConfig:
     value_clip_range: float | None = _knob(0.2, "Clip of the value's move from its old value ('none': no clip).")
     vf_coef: float = _knob(0.1, "Weight of the value loss.")
     ent_coef: float = _knob(0.0, "Weight of the entropy bonus.")
-    target_kl: float | None = _knob(None, "End an iteration's update when approx_kl exceeds 1.5 times this.")
+    target_kl: float | None = _knob(
+        None, "End an iteration's update (the critic's too) when approx_kl exceeds 1.5 times it."
+    )
     critic_epochs: int | None = _knob(None, "The critic's passes over each rollout (default: ppo_epochs).")
     critic_warmup_steps: int = _knob(0, "First iterations in which only the critic learns; the policy is frozen.")
     critic_warmup_epochs: int | None = _knob(None, "Passes in those iterations (default: critic_epochs).")
@@ -313,6 +315,15 @@ class PPOConfig:
                 self.objective == "trpo" and (self.ent_coef > 0 or self.target_kl is not None or self.kl_in_loss),
                 "objective='trpo' takes one step within trpo_max_kl: leave out ent_coef, target_kl and a KL penalty in "
                 "the loss.",
+            ),
+            (
+                self.objective == "policy_gradient" and self.target_kl is not None,
+                "objective='policy_gradient' takes its one step at KL 0, where target_kl never stops it: leave it out.",
+            ),
+            (
+                self.critic_warmup_steps == 0
+                and (self.critic_warmup_epochs is not None or self.critic_warmup_explained_variance is not None),
+                "critic_warmup_epochs and critic_warmup_explained_variance need critic_warmup_steps above 0.",
             ),
             (
                 self.dual_clip is not None and self.objective != "clip",

@@ -96,10 +96,7 @@ def estimate(
     Raises:
         RuntimeError: ``truncation='mask'``, and every completion was cut: there is nothing to learn from.
     """
-    parts = [
-        _estimate_stream(select_stream(rollout, k), rewards[..., k], config, stream)
-        for k, stream in enumerate(streams or default_streams(rewards.shape[-1]))
-    ]
+    streams = streams or default_streams(rewards.shape[-1])
     mask = rollout.completion_mask
     if config.truncation == "mask":
         mask = mask & rollout.ended[:, None]
@@ -108,9 +105,18 @@ def estimate(
                 "truncation='mask': no completion of this rollout ended with EOS, so none is left to learn from. Raise "
                 "max_completion_length, or set truncation='penalty' or 'end'."
             )
+    parts = [
+        _estimate_stream(select_stream(rollout, k), rewards[..., k], mask, config, stream)
+        for k, stream in enumerate(streams)
+    ]
     advantages = torch.where(mask, torch.stack([part.advantages for part in parts]).sum(dim=0), 0.0)
-    names = parts[0].metrics
-    metrics = {name: sum(part.metrics[name] for part in parts) / len(parts) for name in names}
+    metrics = {name: sum(part.metrics[name] for part in parts) / len(parts) for name in parts[0].metrics}
+    if config.uses_critic:
+        sampled = [
+            _sampled_returns(select_stream(rollout, k), rewards[..., k], config, s) for k, s in enumerate(streams)
+        ]
+        explained = explained_variance(rollout.values.sum(dim=-1), torch.stack(sampled).sum(dim=0), mask)
+        metrics["critic/explained_variance"] = explained.item()
     variance = masked_var(advantages, mask).item()
     metrics |= {"advantage/mean": masked_mean(advantages, mask).item(), "advantage/std": variance**0.5}
     scale = 1.0
@@ -126,18 +132,26 @@ def select_stream(rollout: Rollout, k: int) -> Rollout:
     return replace(rollout, **{name: getattr(rollout, name)[..., k : k + 1] for name in names})
 
 
-def _estimate_stream(rollout: Rollout, rewards: Tensor, config: PPOConfig, stream: RewardStream) -> Estimate:
-    mask, values = rollout.completion_mask, rollout.values[..., 0]
+def _sampled_returns(rollout: Rollout, rewards: Tensor, config: PPOConfig, stream: RewardStream) -> Tensor:
+    """``(B, T)`` what a critic that knows everything would give the mean of: the Monte-Carlo returns of one stream."""
+    if config.estimator == "immediate_rewards":
+        return immediate_rewards(rewards, rollout.completion_mask)
     gamma = config.gamma if stream.gamma is None else stream.gamma
     after = rollout.bootstrap_values[..., 0] if config.truncation == "bootstrap" else None
-    to_go = rewards_to_go(rewards, mask, gamma=gamma, bootstrap_values=after)
+    return rewards_to_go(rewards, rollout.completion_mask, gamma=gamma, bootstrap_values=after)
+
+
+def _estimate_stream(
+    rollout: Rollout, rewards: Tensor, learned: Tensor, config: PPOConfig, stream: RewardStream
+) -> Estimate:
+    mask, values = rollout.completion_mask, rollout.values[..., 0]
+    gamma = config.gamma if stream.gamma is None else stream.gamma
+    to_go = _sampled_returns(rollout, rewards, config, stream)
     metrics: dict[str, float] = {}
     trusted = config.baseline == "critic"
-    if config.uses_critic:
-        metrics["critic/explained_variance"] = explained_variance(values, to_go, mask).item()
-        if config.baseline == "auto":
-            trusted = metrics["critic/explained_variance"] > 0
-            metrics["critic/trusted"] = float(trusted)
+    if config.baseline == "auto":
+        trusted = explained_variance(values, to_go, learned).item() > 0
+        metrics["critic/trusted"] = float(trusted)
     if config.estimator == "gae":
         advantages, returns = _gae(rollout, rewards, config, gamma, config.lam if stream.lam is None else stream.lam)
         if trusted:
@@ -147,15 +161,15 @@ def _estimate_stream(rollout: Rollout, rewards: Tensor, config: PPOConfig, strea
         weights, returns = {
             "rewards_to_go": (to_go, to_go),
             "total_return": (total_return(rewards, mask, gamma=gamma), to_go),
-            "immediate_rewards": (immediate_rewards(rewards, mask),) * 2,
+            "immediate_rewards": (to_go, to_go),
         }[config.estimator]
     baseline = torch.zeros_like(weights)
     if trusted:
         baseline = values
     elif config.baseline == "leave_one_out":
-        baseline = leave_one_out_baseline(weights, mask, group_size=config.num_generations)
+        baseline = leave_one_out_baseline(weights, learned, group_size=config.num_generations)
     elif config.baseline != "none":
-        baseline = batch_mean_baseline(weights, mask)
+        baseline = batch_mean_baseline(weights, learned)
     return Estimate(mask, torch.where(mask, weights - baseline, 0.0), returns[..., None], 1.0, metrics)
 
 

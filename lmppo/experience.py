@@ -18,6 +18,22 @@ class StepZeroError(RuntimeError):
     """Something that must be exact before the first update is not: learning on would train on wrong numbers."""
 
 
+def check_first_ratio(stats: dict[str, float], tolerance: float) -> None:
+    """On the first minibatch, before any step, every ratio is 1.
+
+    Raises:
+        StepZeroError: ``stats["log_ratio_max"]`` is above ``tolerance``.
+    """
+    worst = stats.get("log_ratio_max", 0.0)
+    if worst > tolerance:
+        raise StepZeroError(
+            f"Before the first step the update's log-probabilities differ from the rollout's by up to {worst:.2e} nats "
+            f"(allowed: {tolerance:.0e}), so the ratio does not start at 1. Usual causes: dropout or another source of "
+            f"randomness in the model, a model that depends on padding or batch composition, logits changed after the "
+            f"forward pass. If it is rounding, raise step_zero_tolerance."
+        )
+
+
 @dataclass(frozen=True)
 class Rollout:
     """What was sampled, and what was measured under the policy that sampled it.

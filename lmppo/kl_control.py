@@ -100,5 +100,6 @@ class AdaptiveBeta:
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a saved beta."""
-        self.coef = float(state["coef"])
+        """Continue from a saved beta; a fixed one is what the configuration says now."""
+        if self.target is not None:
+            self.coef = float(state["coef"])

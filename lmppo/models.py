@@ -298,6 +298,10 @@ def _load_critic_weights(name: str, n_streams: int) -> PreTrainedModel:
 
     config = load_weights_config(AutoConfig, name)
     architectures = config.architectures or [""]
+    if "ForTokenClassification" in architectures[0] and config.num_labels != n_streams:
+        raise ValueError(
+            f"critic {name!r} has {config.num_labels} labels; expected {n_streams}, one per reward stream."
+        )
     config.problem_type, config.num_labels = "regression", n_streams  # a classifier's own is refused with one label
     critic = load_weights(AutoModelForTokenClassification, name, config=config, ignore_mismatched_sizes=True)
     if "ForTokenClassification" in architectures[0]:

@@ -155,6 +155,8 @@ class RewardSet:
                     f"reward stream {stream.name!r} has {len(stream.reward_funcs)} reward_funcs: the stream 'kl' has "
                     f"none (it holds the KL penalty), any other at least one."
                 )
+            if stream.name == "kl" and stream.weight != 1:
+                raise ValueError(f"reward stream 'kl': weight={stream.weight} has no effect; set kl_coef instead.")
         stream_of = [k for k, stream in enumerate(streams) for _ in stream.reward_funcs]
         functions = [function for stream in streams for function in stream.reward_funcs]
         rewards = cls(functions, reward_weights, reward_processing_classes, device, stream_of, len(streams))

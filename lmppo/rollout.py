@@ -150,7 +150,7 @@ def _bootstrap_values(model: ActorCritic, samples: Samples, config: PPOConfig) -
     """``(B, K)`` values of the last states of the rows that were cut, if asked; one more forward pass, of those only."""
     result = samples.values.new_zeros(len(samples.ended), samples.values.shape[-1])
     cut = (~samples.ended).nonzero().flatten()
-    if config.truncation == "bootstrap":
+    if config.truncation == "bootstrap" and len(cut):
         for rows in cut.split(config.micro_batch_size):
             micro = trim(select_rows(samples, rows))
             batch = (micro.prompt_ids, micro.prompt_mask, micro.completion_ids, micro.completion_mask)

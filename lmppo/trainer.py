@@ -341,7 +341,8 @@ class PPOTrainer:
         self.state.global_step = saved["step"]
         self.num_tokens = saved["num_tokens"]
         for name, part in self._stateful().items():
-            part.load_state_dict(saved[name])
+            if name in saved:  # checkpoints of older versions lack what came later
+                part.load_state_dict(saved[name])
         self.accelerator.print(f"Resumed {point} at step {saved['step']}.")
 
     def _stateful(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmppo.config import PPOConfig
-from lmppo.experience import Experience, select_rows, trim
+from lmppo.experience import Experience, check_first_ratio, select_rows, trim
 from lmppo.functional import approx_kl, exact_kl, importance_sampled_loss, masked_mean, token_logprobs_and_entropy
 from lmppo.models import attention_mask_of, causal_forward
 from lmppo.sampling import NonFiniteError
@@ -32,7 +32,13 @@ _MEASURES = ("policy_loss", "trpo/kl", "approx_kl", "entropy", "ratio", "log_rat
 
 
 def trpo_step(
-    model: nn.Module, experience: Experience, config: PPOConfig, accelerator: Accelerator, *, iteration: int
+    model: nn.Module,
+    experience: Experience,
+    config: PPOConfig,
+    accelerator: Accelerator,
+    *,
+    iteration: int,
+    first_ratio_tolerance: float | None = None,
 ) -> dict[str, float]:
     """Move the policy once, as far as the KL ball allows; the critic stays as it is.
 
@@ -52,6 +58,7 @@ def trpo_step(
         config: Gives the ``trpo_*`` settings, the temperature and the size of a forward pass.
         accelerator: Reduces over processes.
         iteration: The PPO iteration, for messages.
+        first_ratio_tolerance: If given, the largest |log ratio| allowed before the step, where it must be 0.
 
     Returns:
         ``policy_loss, approx_kl, entropy, ratio``: after the step, means over counted tokens. ``log_ratio_max``: the
@@ -61,11 +68,14 @@ def trpo_step(
         ``trpo/cg_residual``: ``|g - (F + trpo_damping * I) x| / |g|``.
 
     Raises:
+        StepZeroError: The log-probabilities are not those of the rollout; nothing changed.
         NonFiniteError: The gradient or the curvature is not finite, or the curvature not positive; nothing changed.
         ValueError: The policy is sharded, or its attention cannot be differentiated twice.
     """
     batch = PolicyBatch(accelerator.unwrap_model(model).policy, experience, config, accelerator)
     start = after = batch.measure({})
+    if first_ratio_tolerance is not None:
+        check_first_ratio(start, first_ratio_tolerance)
     gradient = batch.surrogate_gradient()
     if not gradient.isfinite().all():
         culprit = next(name for name, p in batch.moved_by(gradient).items() if not p.isfinite().all())

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lmppo.config import PPOConfig
-from lmppo.experience import Experience, StepZeroError, select_rows, trim
+from lmppo.experience import Experience, check_first_ratio, select_rows, trim
 from lmppo.functional import (
     approx_kl,
     clip_fraction,
@@ -106,9 +106,11 @@ def ppo_update(
     history: list[dict[str, float]] = []
     steps = 0
     if config.objective == "trpo" and not policy_frozen:
-        history.append(trpo_step(model, experience, config, accelerator, iteration=iteration))
-        if first_ratio_tolerance is not None:
-            _check_first_ratio(history[0], first_ratio_tolerance)
+        history.append(
+            trpo_step(
+                model, experience, config, accelerator, iteration=iteration, first_ratio_tolerance=first_ratio_tolerance
+            )
+        )
     n_rows = len(experience.completion_mask)
     for epoch, learns in enumerate(epochs_of(config, policy_frozen=policy_frozen)):
         schedule = minibatch_rows(n_rows, config.minibatch_size, seed=config.seed, iteration=iteration, epoch=epoch)
@@ -117,7 +119,7 @@ def ppo_update(
             optimizer.zero_grad()
             stats = accumulate_gradients(model, minibatch, config, accelerator, learns, penalties)
             if not history and first_ratio_tolerance is not None:
-                _check_first_ratio(stats, first_ratio_tolerance)
+                check_first_ratio(stats, first_ratio_tolerance)
             if config.target_kl is not None and learns.policy and stats["approx_kl"] > 1.5 * config.target_kl:
                 optimizer.zero_grad()
                 return _summary(history or [stats], stopped=True, steps=steps)
@@ -164,8 +166,6 @@ def ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """One micro-batch's share of the loss ``policy + kl_coef * kl - ent_coef * entropy + vf_coef * value``.
 
-    A critic that learns alone has the loss ``value``.
-
     Args:
         model: Policy and critic.
         micro: The rows.
@@ -186,7 +186,7 @@ def ppo_loss(
     sums: dict[str, Tensor] = {}
     if learns.critic:
         value_loss, sums = _value_loss(values, micro, config)
-        per_token = per_token + (config.vf_coef if learns.policy else 1.0) * value_loss
+        per_token = per_token + config.vf_coef * value_loss
     if learns.policy:
         policy_terms, policy_sums = _policy_loss(logits, micro, config, penalties)
         per_token, sums = per_token + policy_terms, sums | policy_sums
@@ -300,17 +300,6 @@ def take_step(
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
     optimizer.step()
     return norm.item()
-
-
-def _check_first_ratio(stats: dict[str, float], tolerance: float) -> None:
-    worst = stats.get("log_ratio_max", 0.0)
-    if worst > tolerance:
-        raise StepZeroError(
-            f"Before the first step the update's log-probabilities differ from the rollout's by up to {worst:.2e} nats "
-            f"(allowed: {tolerance:.0e}), so the ratio does not start at 1. Usual causes: dropout or another source of "
-            f"randomness in the model, a model that depends on padding or batch composition, logits changed after the "
-            f"forward pass. If it is rounding, raise step_zero_tolerance."
-        )
 
 
 def _summary(history: list[dict[str, float]], *, stopped: bool, steps: int) -> dict[str, float]:

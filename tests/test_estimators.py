@@ -241,3 +241,33 @@ def test_masking_every_row_says_what_to_do(rollout, rewards):
     rollout = dataclasses.replace(rollout, ended=torch.zeros(4, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="no completion of this rollout ended with EOS.*max_completion_length"):
         estimate(rollout, rewards, config("gae", truncation="mask"))
+
+
+def test_rows_that_are_masked_take_no_part_in_the_baselines(rollout, rewards):
+    rollout = dataclasses.replace(rollout, ended=torch.tensor([True, True, True, False]))
+    weights = unbased("total_return", rollout, rewards)
+    kept = [w for row in weights[:3] for w in row]
+    expected = {"batch_mean": [sum(kept) / len(kept)] * 3, "leave_one_out": [weights[1][0], weights[0][0], 0.0]}
+    for name, baselines in expected.items():
+        got = estimate(rollout, rewards, config("total_return", baseline=name, num_generations=2, truncation="mask"))
+        for i in range(3):
+            assert counted(rollout, got.advantages, i) == pytest.approx(
+                [w - baselines[i] for w in weights[i]], abs=1e-5
+            )
+
+
+def test_the_critics_share_is_that_of_the_sum_of_its_streams():
+    """A stream of rounding noise, like the KL's before the policy moves, does not drown the others."""
+    rollout = make_rollout(prompt=("11",) * 4, completion=ROWS, streams=2)
+    rewards = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(2))
+    rewards[..., 1] *= 1e-8
+    returns = estimate(rollout, rewards, PPOConfig(gamma=GAMMA, lam=1.0)).returns
+    rollout = dataclasses.replace(rollout, values=torch.stack([returns[..., 0], torch.full((4, 5), 1e-4)], dim=-1))
+    explained = estimate(rollout, rewards, PPOConfig(gamma=GAMMA, lam=1.0)).metrics["critic/explained_variance"]
+    assert explained == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_critic_of_immediate_rewards_is_judged_by_them(rollout, rewards):
+    rollout = dataclasses.replace(rollout, values=rewards)
+    metrics = estimate(rollout, rewards, config("immediate_rewards", baseline="auto")).metrics
+    assert metrics["critic/explained_variance"] == pytest.approx(1.0) and metrics["critic/trusted"] == 1.0

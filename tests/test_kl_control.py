@@ -74,6 +74,8 @@ def test_beta_without_a_target_stays():
     beta = AdaptiveBeta(3.0, target=None)
     beta.update(99.0)
     assert beta.coef == 3.0
+    beta.load_state_dict({"coef": 1.0})
+    assert beta.coef == 3.0, "a resumed run uses the beta it is configured with now"
 
 
 def test_beta_is_saved_stays_in_bounds_and_refuses_nan():

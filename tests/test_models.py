@@ -336,3 +336,11 @@ def test_a_critic_with_several_labels_is_refused():
     critic.config.num_labels = 3
     with pytest.raises(ValueError, match="critic has 3 labels; expected 1"):
         load_critic(critic, gpt2())
+
+
+def test_a_named_critic_with_the_wrong_number_of_labels_is_refused(tmp_path):
+    """It would get a random head otherwise."""
+    critic_of(num_labels=1).save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="has 1 labels; expected 3, one per reward stream"):
+        load_critic(str(tmp_path / "one"), gpt2(), n_streams=3)
+    assert load_critic(str(tmp_path / "one"), gpt2()).config.num_labels == 1

@@ -107,7 +107,7 @@ def test_the_exact_kl_in_the_loss_is_the_sum_over_the_vocabulary():
         ({"critic_epochs": 4}, False, [1, 1, 0, 0], [1, 1, 1, 1]),
         ({"critic_epochs": 1}, False, [1, 1], [1, 0]),
         ({"critic_epochs": 3}, True, [0, 0, 0], [1, 1, 1]),
-        ({"critic_epochs": 3, "critic_warmup_epochs": 1}, True, [0], [1]),
+        ({"critic_epochs": 3, "critic_warmup_steps": 1, "critic_warmup_epochs": 1}, True, [0], [1]),
         ({"objective": "trpo"}, False, [0, 0], [1, 1]),
         ({"estimator": "rewards_to_go", "baseline": "none"}, False, [1, 1], [0, 0]),
     ],

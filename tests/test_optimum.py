@@ -82,7 +82,8 @@ OBJECTIVES = {
     "trpo": {
         "objective": "trpo",
         "trpo_max_kl": 2e-3,
-        "critic_epochs": 2,
+        "vf_coef": 1.0,
+        "critic_epochs": 4,
         "critic_learning_rate": 1e-2,
         "max_steps": 60,
     },

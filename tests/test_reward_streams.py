@@ -90,7 +90,9 @@ def test_each_critic_output_learns_its_own_stream(tmp_path):
         ([{"name": "a", "reward_funcs": [count_a]}] * 2, "different names"),
         ([{"name": "a", "reward_funcs": [count_a], "gamma": 1.5}], r"gamma=1.5 must be within \[0, 1\]"),
         ([{"name": "a", "reward_funcs": [count_a], "weight": float("nan")}], "weight=nan must be finite"),
-        ([{"name": "kl"}], "reward_funcs is empty"),
+        ([{"name": "kl"}], "no stream with reward_funcs"),
+        ([], "no stream with reward_funcs"),
+        ([{"name": "a", "reward_funcs": [count_a]}, {"name": "kl", "weight": 2.0}], "set kl_coef instead"),
     ],
 )
 def test_wrong_streams_are_refused(tmp_path, streams, message):

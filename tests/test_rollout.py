@@ -126,6 +126,8 @@ def test_a_cut_completion_has_the_value_of_its_last_state(tmp_path, kind):
         expected = torch.zeros(1) if rollout.ended[row] else row_alone(trainer.actor_critic, context, end)[1][0]
         torch.testing.assert_close(rollout.bootstrap_values[row], expected, atol=1e-5, rtol=1e-4)
     assert collect(make_trainer(tmp_path)).rollout.bootstrap_values.eq(0).all()
+    long = collect(make_trainer(tmp_path, truncation="bootstrap", max_completion_length=50)).rollout
+    assert long.ended.all() and long.bootstrap_values.eq(0).all(), "no row was cut"
 
 
 def test_scores_stand_on_the_last_token_of_each_completion(tmp_path):

@@ -27,11 +27,11 @@ from transformers import TrainerCallback
 from lmppo import PPOTrainer
 from lmppo.checkpoint import list_checkpoints
 from lmppo.estimators import estimate, shape_rewards
-from lmppo.experience import Experience
+from lmppo.experience import Experience, StepZeroError
 from lmppo.rewards import RewardError
 from lmppo.rollout import collect_rollout
 from lmppo.sampling import NonFiniteError
-from lmppo.update import StepZeroError, ppo_update
+from lmppo.update import ppo_update
 
 KINDS = ["shared", "separate", "lora"]
 
