@@ -39,7 +39,7 @@ METRICS = {
     "return/std": "standard deviation of the same",
     "value/mean": "mean value the critic gave at sampling",
     "explained_variance": "1 - Var[returns - values] / Var[returns], with the values at sampling",
-    "critic/explained_variance": "the same against Monte-Carlo returns (rewards-to-go), mean over reward streams",
+    "critic/explained_variance": "the same against Monte-Carlo returns (rewards-to-go), streams summed",
     "critic/trusted": "with baseline=auto: share of reward streams whose critic was used, not the batch mean",
     "policy_loss": "mean policy loss over the update's steps",
     "value_loss": "mean value loss over the update's steps",
