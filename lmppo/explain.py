@@ -8,12 +8,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lmppo.checkpoint import CheckpointError, checkpoint_dir, list_checkpoints
-from lmppo.explain_page import cell, in_one_line, label, render_page
+from lmppo.explain_page import cell, in_one_line, label, render_page, stream_facts
 from lmppo.saved_rollouts import TEXTS, SavedRollouts, load_saved_rollouts
 
 FORMATS = ("html", "table", "json")
@@ -24,6 +25,8 @@ _SHOWN_SETTINGS = (
     "clip_range", "clip_range_high", "dual_clip", "kl_coef", "kl_estimator", "kl_placement", "truncation", "temperature",
     "ppo_epochs", "learning_rate",
 )  # fmt: skip
+
+_TOKEN_WIDTH = 20  # of a table in the terminal; longer tokens are folded
 
 # Columns that say something only of tokens that the update learned from.
 _OF_THE_UPDATE = ("new", "ratio", "outside", "clipped")
@@ -119,7 +122,7 @@ def make_report(saved: SavedRollouts, checkpoint: Path, rows: list[int] | None =
             raise CheckpointError(
                 f"{checkpoint} has no row {row}: its {len(known)} saved rows are 0 to {len(known) - 1}."
             )
-    columns = _columns(saved)
+    columns, with_lam = _columns(saved), saved.settings["estimator"] == "gae"
     completions = []
     for row in known if rows is None else rows:
         completions.append(
@@ -136,29 +139,69 @@ def make_report(saved: SavedRollouts, checkpoint: Path, rows: list[int] | None =
     return {
         "checkpoint": str(checkpoint),
         "name": checkpoint.name,
-        "settings": {name: saved.settings[name] for name in _SHOWN_SETTINGS if saved.settings.get(name) is not None},
-        "streams": dict(zip(saved.streams, saved.gammas, strict=True)),
+        "settings": {
+            name: saved.settings[name]
+            for name in _SHOWN_SETTINGS
+            if saved.settings.get(name) is not None and (with_lam or name != "lam")
+        },
+        "streams": {
+            name: {"gamma": gamma} | ({"lam": lam} if with_lam else {}) | {"weight": weight}
+            for name, gamma, lam, weight in zip(saved.streams, saved.gammas, saved.lams, saved.weights, strict=True)
+        },
         "columns": {name: meaning for name, (meaning, _) in columns.items()},
         "completions": completions,
     }
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print one table per completion."""
+    """Print tables of each completion's tokens, no wider than the terminal: first the totals, then each stream alone."""
     console = Console()
     if not console.is_terminal:
         console.width = 240
     console.print(Text(f"{report['checkpoint']}  {report['settings']}"))
+    console.print(Text(f"reward streams: {in_one_line(stream_facts(report['streams']))}"))
+    streams: dict[str, dict[str, str]] = {}  # stream -> quantity -> column; the totals' stream has no name
+    for name in report["columns"]:
+        quantity, _, stream = name.partition(" ")
+        streams.setdefault(stream, {})[quantity] = name
     for completion in report["completions"]:
-        table = Table(title=f"row {completion['row']}: score {cell(completion['score'])}, kl {cell(completion['kl'])}")
-        table.add_column("token", overflow="fold")
-        for name in report["columns"]:
-            table.add_column(name, justify="right")
-        for token in completion["tokens"]:
-            table.add_row(Text(in_one_line(label(token))), *(cell(token[name]) for name in report["columns"]))
+        title = f"row {completion['row']}: score {cell(completion['score'])}, kl {cell(completion['kl'])}"
+        console.print(Text(f"\n{title}", style="bold"))
         console.print(Text(f"prompt: {completion['prompt']!r}"))
         console.print(Text(f"completion: {completion['completion']!r}"))
-        console.print(table)
+        for stream, columns in streams.items():
+            if stream:
+                console.print(Text(f"stream {in_one_line(stream)}", style="bold"))
+            for table in _tables(completion["tokens"], columns, console.width):
+                console.print(table)
+
+
+def _tables(tokens: list[dict[str, Any]], columns: dict[str, str], width: int) -> list[Table]:
+    """Columns (heading -> name) side by side, in as many tables as it takes to cut no number."""
+    labels = [in_one_line(label(token)) for token in tokens]
+    frame = 3  # a column's two spaces and its line
+    start = len(str(len(tokens))) + min(_TOKEN_WIDTH, max(map(cell_len, ["token", *labels]))) + 2 * frame + 1
+    groups: list[dict[str, list[str]]] = []
+    used = width
+    for heading, name in columns.items():
+        cells = [cell(token[name]) for token in tokens]
+        wide = max(map(len, [heading, *cells])) + frame
+        if used + wide > width:
+            groups.append({})
+            used = start
+        groups[-1][heading] = cells
+        used += wide
+    tables = []
+    for group in groups:
+        table = Table()
+        table.add_column("#", justify="right", no_wrap=True)
+        table.add_column("token", overflow="fold", max_width=_TOKEN_WIDTH)
+        for heading in group:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for i, (text, *cells) in enumerate(zip(labels, *group.values(), strict=True)):
+            table.add_row(str(i), Text(text), *cells)
+        tables.append(table)
+    return tables
 
 
 def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
@@ -179,7 +222,7 @@ def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
             saved.values.sum(-1),
         ),
         "td": ("TD residual: reward + gamma × next value − value" + total, saved.td_residuals.sum(-1)),
-        "advantage": (_advantage_meaning(saved.settings), saved.advantages),
+        "advantage": (_advantage_meaning(saved.settings, total), saved.advantages),
         "return": ("what the critic is taught to say here" + total, saved.returns.sum(-1)),
         "to_go": ("reward to go: reward + gamma × the next token's reward to go" + total, saved.rewards_to_go.sum(-1)),
         "ratio": ("probability after the update over probability at sampling: exp(new − old)", saved.ratio),
@@ -192,16 +235,16 @@ def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
     if saved.settings["kl_estimator"] != "k1":
         columns["kl_penalty"] = ("the KL that the reward pays for, by kl_estimator", saved.kl_penalty)
     for k, name in enumerate(saved.streams if several else []):
+        alone = f"of the stream {name!r} alone, its weight included"
         for quantity, numbers in (("reward", saved.rewards), ("value", saved.values), ("return", saved.returns)):
-            columns[f"{quantity} {name}"] = (f"{quantity} of the stream {name!r} alone", numbers[..., k])
-        columns[f"td {name}"] = (f"TD residual of the stream {name!r} alone", saved.td_residuals[..., k])
+            columns[f"{quantity} {name}"] = (f"{quantity} {alone}", numbers[..., k])
+        columns[f"td {name}"] = (f"TD residual {alone}", saved.td_residuals[..., k])
     return columns
 
 
-def _advantage_meaning(settings: dict[str, Any]) -> str:
-    meaning = "the token's weight in the policy's gradient: " + _WEIGHTS.get(
-        settings["estimator"], settings["estimator"]
-    )
+def _advantage_meaning(settings: dict[str, Any], total: str) -> str:
+    weight = _WEIGHTS.get(settings["estimator"], settings["estimator"]) + total
+    meaning = f"the token's weight in the policy's gradient: {weight}"
     if settings["baseline"] == "auto":
         meaning += " (of a critic that explains nothing of the batch: reward to go − the batch's mean)"
     if settings["whiten_advantages"]:

@@ -131,14 +131,19 @@ def cell(value: float | bool | None) -> str:
     return ("yes" if value else "no") if isinstance(value, bool) else f"{value:.3f}"
 
 
+def stream_facts(streams: dict[str, dict[str, float]]) -> str:
+    """The reward streams, each with its numbers."""
+    return ", ".join(f"{name} ({', '.join(f'{k} {v}' for k, v in facts.items())})" for name, facts in streams.items())
+
+
 def _header(report: dict[str, Any], scale: float) -> str:
     settings = {name: str(value) for name, value in report["settings"].items()}
-    streams = ", ".join(f"{name} (gamma {gamma})" for name, gamma in report["streams"].items())
+    settings["reward streams"] = stream_facts(report["streams"])
     return f"""<p class="quiet">{escape(report["checkpoint"])}</p>
 <p class="legend"><span>advantage</span> <span>≤ {-scale:.2f}</span><span class="bar"></span><span>≥ +{scale:.2f}</span>
 <span class="clipped">clipped</span> <span class="piece">piece of a character</span>
 <span class="unlearned">not learned from</span></p>
-<details><summary>Settings</summary>{_definitions(settings | {"reward streams": streams})}</details>
+<details><summary>Settings</summary>{_definitions(settings)}</details>
 <details><summary>What the columns mean</summary>{_definitions(report["columns"])}
 <p class="quiet">"Next" is the next token that counts; after the last one it is 0, or the critic's value where a cut
 completion is bootstrapped. Ratio, outside and clipped are those after the whole update; everything else was fixed

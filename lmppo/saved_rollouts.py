@@ -39,6 +39,8 @@ class SavedRollouts:
         texts: What each token adds to the text; empty where it has no text of its own (a piece of a UTF-8 character).
         streams: Names of the K reward streams.
         gammas: The discount of each stream.
+        lams: GAE's lambda of each stream.
+        weights: What each stream's reward functions were multiplied by; ``scores`` holds it already.
         settings: The configuration, with the KL coefficient that was in force.
         completion_ids: ``(N, T)``.
         mask: ``(N, T)`` True on the tokens that count.
@@ -62,6 +64,8 @@ class SavedRollouts:
     texts: list[list[str]]
     streams: list[str]
     gammas: list[float]
+    lams: list[float]
+    weights: list[float]
     settings: dict[str, Any]
     completion_ids: Tensor
     mask: Tensor
@@ -148,7 +152,7 @@ def save_rollouts(
         tokenizer: The policy's tokenizer.
         rows: How many completions to keep; all, if there are fewer.
         kl_coef: The KL coefficient in force, if it is not the configuration's.
-        streams: The reward streams, for their names and discounts; None: the configuration's discount for all.
+        streams: The reward streams, for their names and numbers; None: the configuration's gamma and lam for all.
 
     Raises:
         ValueError: Shapes do not fit.
@@ -191,6 +195,8 @@ def save_rollouts(
         "texts": [token_texts(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)],
         "streams": [stream.name for stream in streams],
         "gammas": [config.gamma if stream.gamma is None else stream.gamma for stream in streams],
+        "lams": [config.lam if stream.lam is None else stream.lam for stream in streams],
+        "weights": [stream.weight for stream in streams],
         "settings": config.to_dict() | ({} if kl_coef is None else {"kl_coef": kl_coef}),
     }
     save_file(tensors, directory / TENSORS)

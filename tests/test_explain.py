@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,6 +14,7 @@ import pytest
 import torch
 from builders import PROMPTS, gpt2, make_samples, trained, with_values
 from fakes import letter_tokenizer, tiny_tokenizer
+from rich.cells import cell_len
 
 from lmppo.checkpoint import CheckpointError, checkpoint_dir
 from lmppo.cli import main
@@ -27,7 +29,7 @@ from lmppo.saved_rollouts import load_saved_rollouts, save_rollouts, token_texts
 
 ROOT = Path(__file__).parent.parent
 KEPT = 4
-STREAMS = [RewardStream("taste", gamma=0.9), RewardStream("kl")]
+STREAMS = [RewardStream("taste", gamma=0.9, lam=0.5, weight=2.0), RewardStream("kl")]
 
 
 @dataclasses.dataclass
@@ -77,10 +79,10 @@ def make_parts(**settings) -> Parts:
                 values[..., k],
                 mask,
                 gamma=gamma,
-                lam=config.lam,
+                lam=lam,
                 bootstrap_values=rollout.bootstrap_values[:, k],
             )
-            for k, gamma in enumerate([0.9, config.gamma])
+            for k, (gamma, lam) in enumerate([(0.9, 0.5), (config.gamma, config.lam)])
         ),
         strict=True,
     )
@@ -139,6 +141,7 @@ def test_what_was_saved_comes_back_to_the_bit(parts, saved):
     assert torch.equal(saved.rewards, parts.rewards[:KEPT]) and torch.equal(saved.mask, saved.learned)
     assert saved.completions == parts.scored.completions[:KEPT] and saved.prompts == PROMPTS[:KEPT]
     assert saved.streams == ["taste", "kl"] and saved.gammas == [0.9, 1.0]
+    assert saved.lams == [0.5, 0.8] and saved.weights == [2.0, 1.0]
     assert saved.settings == parts.config.to_dict()
 
 
@@ -200,6 +203,23 @@ def test_td_residuals_look_one_token_ahead(parts, report):
             expected.append(parts_of_sum.sum())
     torch.testing.assert_close(column(report, "td"), torch.stack(expected))
     torch.testing.assert_close(column(report, "td taste") + column(report, "td kl"), torch.stack(expected))
+
+
+def test_the_formula_of_the_advantage_can_be_followed(parts, tmp_path):
+    """Whoever has the report has all that the advantage was made of: each stream's numbers, gamma and lam."""
+    saved = load_saved_rollouts(parts.save(tmp_path / "c", rows=len(PROMPTS)))
+    report = make_report(saved, tmp_path)
+    advantages = []
+    for completion in report["completions"]:
+        for t in range(len(completion["tokens"])):
+            terms = 0.0
+            for name, stream in report["streams"].items():
+                decay = stream["gamma"] * stream["lam"]
+                later = [token[f"td {name}"] for token in completion["tokens"][t:]]
+                terms += sum(td * decay**i for i, td in enumerate(later))
+            advantages.append(terms)
+    raw = torch.tensor(advantages)
+    torch.testing.assert_close(column(report, "advantage"), (raw - raw.mean()) / raw.std(correction=0))
 
 
 @pytest.mark.parametrize("settings", [{}, {"clip_range_high": 0.05}, {"clip_range": 0.05, "dual_clip": 1.1}], ids=str)
@@ -379,8 +399,16 @@ def test_the_page_explains_itself(report):
         assert meaning in text
     for name in ("estimator", "gamma", "lam", "clip_range", "kl_coef", "baseline"):
         assert name in report["settings"] and f"{name}{report['settings'][name]}" in text
-    assert "taste (gamma 0.9), kl (gamma 1.0)" in text
+    assert "taste (gamma 0.9, lam 0.5, weight 2.0), kl (gamma 1.0, lam 0.8, weight 1.0)" in text
     assert "whitened" in report["columns"]["advantage"]
+
+
+def test_lam_is_shown_where_it_means_something(saved):
+    without = dataclasses.replace(saved, settings=saved.settings | {"estimator": "rewards_to_go"})
+    report = make_report(without, Path("run"))
+    assert "lam" not in report["settings"] and report["streams"]["taste"] == {"gamma": 0.9, "weight": 2.0}
+    text = "".join(page_of(report).text)
+    assert "taste (gamma 0.9, weight 2.0), kl (gamma 1.0, weight 1.0)" in text and "lam" not in text
 
 
 def test_without_whitening_the_page_does_not_speak_of_it(saved, tmp_path):
@@ -476,16 +504,86 @@ def test_json_is_the_report(run, report, capsys):
     assert printed["columns"] == report["columns"] and printed["name"] == "step-000020"
 
 
-def test_the_table_has_every_number(run, report, capsys):
-    main(["explain", str(run), "--format", "table"])
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    shown = [line for line in lines if len(line) == len(report["columns"]) + 1]
-    tokens = [token for completion in report["completions"] for token in completion["tokens"]]
-    assert len(shown) == len(tokens)
-    for cells, token in zip(shown, tokens, strict=True):
-        assert cells[0] == token["text"]
-        numbers = [token[name] for name in report["columns"]]
-        assert cells[1:] == [{True: "yes", False: "no"}[n] if isinstance(n, bool) else f"{n:.3f}" for n in numbers]
+def printed_numbers(text):
+    """One dictionary per completion: column -> its cells, in order; the streams' columns under their full names."""
+    completions, headings, stream = [], [], ""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line[1:-1].replace("┃", "│").split("│")]
+        if line.startswith("row "):
+            completions.append({})
+            stream = ""
+        elif line.startswith("stream "):
+            stream = line.removeprefix("stream")
+        elif line.startswith("┃"):
+            headings = cells[:2] + [heading + stream for heading in cells[2:]]
+            assert headings[:2] == ["#", "token"] and not completions[-1].keys() & set(headings[2:])
+            completions[-1] |= {heading: [] for heading in headings}
+        elif line.startswith("│"):
+            for heading, cell in zip(headings, cells, strict=True):
+                completions[-1][heading].append(cell)
+    return completions
+
+
+def on_screen(monkeypatch, columns):
+    """Standard output is a terminal so wide, or (None) a pipe."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    if columns is not None:
+        for name, value in {"FORCE_COLOR": "1", "COLUMNS": str(columns), "TERM": "xterm"}.items():
+            monkeypatch.setenv(name, value)
+
+
+def printed(capsys, columns):
+    """What was printed, without its colours; no line is wider than the screen."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert "…" not in text and max(map(cell_len, text.splitlines())) <= (columns or 240)
+    return text
+
+
+def with_three_streams(saved):
+    """A third stream, and values of six digits."""
+    per_stream = ("values", "scores", "rewards", "returns", "bootstrap_values")
+    tensors = {name: getattr(saved, name) for name in per_stream}
+    third = {"streams": ["a [b] kl"], "gammas": [0.5], "lams": [1.0], "weights": [-0.5]}
+    return dataclasses.replace(
+        saved,
+        **{name: torch.cat([x, 1e5 * x[..., :1]], dim=-1) for name, x in tensors.items()},
+        **{name: getattr(saved, name) + values for name, values in third.items()},
+    )
+
+
+@pytest.mark.parametrize("columns", [80, 100, None])
+@pytest.mark.parametrize("change", [lambda saved: saved, with_three_streams], ids=["two", "three"])
+def test_the_table_has_every_number_whole(saved, tmp_path, capsys, monkeypatch, change, columns):
+    on_screen(monkeypatch, columns)
+    monkeypatch.setattr("lmppo.explain.load_saved_rollouts", lambda directory: change(saved))
+    (tmp_path / "rollouts.json").touch()
+    explain(tmp_path, format="table")
+    report, text = make_report(change(saved), tmp_path), printed(capsys, columns)
+    shown = printed_numbers(text)
+    assert len(shown) == KEPT
+    for completion, columns_shown in zip(report["completions"], shown, strict=True):
+        tokens = completion["tokens"]
+        assert columns_shown.pop("#") == [str(t) for t in range(len(tokens))]
+        assert columns_shown.pop("token") == [token["text"] for token in tokens]
+        for name, cells in columns_shown.items():
+            numbers = [token[name] for token in tokens]
+            assert cells == [{True: "yes", False: "no"}[n] if isinstance(n, bool) else f"{n:.3f}" for n in numbers]
+        assert columns_shown.keys() == report["columns"].keys()
+        assert f"score {completion['score']:.3f}, kl {completion['kl']:.3f}" in text
+    assert "taste (gamma 0.9, lam 0.5, weight 2.0)" in " ".join(text.split())
+
+
+def test_long_tokens_are_folded_and_numbers_are_not(saved, tmp_path, capsys, monkeypatch):
+    on_screen(monkeypatch, 80)
+    nasty = dataclasses.replace(saved, texts=[["漢" * 30 for _ in row] for row in saved.texts])
+    monkeypatch.setattr("lmppo.explain.load_saved_rollouts", lambda directory: nasty)
+    (tmp_path / "rollouts.json").touch()
+    explain(tmp_path, rows=[0], format="table")
+    (shown,) = printed_numbers(printed(capsys, 80))
+    assert "".join(shown["token"]) == "漢" * 30 * len(saved.texts[0])
+    assert [cell for cell in shown["advantage"] if cell] == [
+        f"{token['advantage']:.3f}" for token in make_report(nasty, tmp_path)["completions"][0]["tokens"]
+    ]
 
 
 def test_the_table_shows_control_characters(saved, tmp_path, capsys, monkeypatch):
