@@ -1,7 +1,7 @@
 """The update: one rollout's experience becomes exactly ``ppo_epochs * rollout_batch_size / minibatch_size`` steps.
 
-(With ``critic_epochs`` the critic's epochs count as well: the steps are those of the longer of the two. TRPO takes its
-one step without the optimizer, which is left to the critic.)
+(With ``critic_epochs`` the critic's epochs count as well: the steps are those of the longer of the two. A minibatch in
+which no token counts has none. TRPO takes its one step without the optimizer, which is left to the critic.)
 
 The loss of a minibatch is the mean over all its counted tokens. Every micro-batch of every process divides its sum by
 that same global count, so that the gradient does not depend on how a minibatch is cut up.
@@ -80,7 +80,8 @@ def ppo_update(
 ) -> dict[str, float]:
     """Take the optimizer steps of one PPO iteration.
 
-    With ``target_kl``, an optimizer step whose minibatch is already further than 1.5 times that from the old policy is
+    A minibatch in which no token counts (its completions were all cut, with ``truncation='mask'``) is passed over. With
+    ``target_kl``, an optimizer step whose minibatch is already further than 1.5 times that from the old policy is
     not taken and ends the update.
 
     Args:
@@ -116,6 +117,8 @@ def ppo_update(
         schedule = minibatch_rows(n_rows, config.minibatch_size, seed=config.seed, iteration=iteration, epoch=epoch)
         for rows in schedule:
             minibatch = select_rows(experience, rows.to(experience.completion_mask.device))
+            if not minibatch.completion_mask.any():
+                continue  # a step with a gradient of 0 would still go on with the momentum
             optimizer.zero_grad()
             stats = accumulate_gradients(model, minibatch, config, accelerator, learns, penalties)
             if not history and first_ratio_tolerance is not None:
@@ -138,7 +141,7 @@ def accumulate_gradients(
     penalties: Penalties = NO_PENALTIES,
 ) -> dict[str, float]:
     """The gradient of the minibatch's loss, micro-batch by micro-batch, over all processes; and what was seen."""
-    n_tokens = max(1, int(minibatch.completion_mask.sum()))
+    n_tokens = int(minibatch.completion_mask.sum())
     mine = select_rows(minibatch, slice(accelerator.process_index, None, accelerator.num_processes))
     totals: dict[str, Tensor] = {}
     micros = list(_micro_batches(mine, config.micro_batch_size))

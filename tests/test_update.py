@@ -263,12 +263,23 @@ def test_the_experience_is_left_as_it_was():
 
 
 def test_a_minibatch_in_which_nothing_counts_teaches_nothing():
+    """Not even by the momentum of the steps before, nor does it enter the means."""
     model, experience = setting()
+    settings = config(ppo_epochs=1, minibatch_size=4)
+    optimizer = make_optimizer(model, settings)
+    ppo_update(model, optimizer, experience, settings, ACCELERATOR, iteration=0)
     before = state_of(model)
     nothing = dataclasses.replace(experience, completion_mask=torch.zeros_like(experience.completion_mask))
-    stats = update(model, nothing)
-    assert all(math.isfinite(value) for value in stats.values())
+    assert ppo_update(model, optimizer, nothing, settings, ACCELERATOR, iteration=1)["optimizer_steps"] == 0
     assert_same(state_of(model), before)
+
+    (rows, *others) = minibatch_rows(12, 4, seed=settings.seed, iteration=2, epoch=0)
+    some = experience.completion_mask.clone()
+    some[torch.cat(others)] = False
+    stats = ppo_update(
+        model, optimizer, dataclasses.replace(experience, completion_mask=some), settings, ACCELERATOR, iteration=2
+    )
+    assert stats["optimizer_steps"] == 1 and stats["ratio"] > 0.5 and some[rows].any()
 
 
 def test_eos_is_trained_although_it_is_also_the_pad():
