@@ -62,7 +62,7 @@ def trpo_step(
 
     Returns:
         ``policy_loss, approx_kl, entropy, ratio``: after the step, means over counted tokens. ``log_ratio_max``: the
-        largest |log ratio| *before* it, which rounding alone explains. ``grad_norm`` of the surrogate;
+        largest |log ratio| *before* it, which rounding alone explains. ``trpo/grad_norm`` of the surrogate;
         ``trpo/kl``: exact; ``trpo/expected_improvement`` of the surrogate by the whole of s, to first order;
         ``trpo/improvement``: what the step taken brought; ``trpo/step_fraction`` of s that was taken, 0 if none;
         ``trpo/cg_residual``: ``|g - (F + trpo_damping * I) x| / |g|``.
@@ -90,7 +90,7 @@ def trpo_step(
         after, fraction = _line_search(batch, step, start, config)
     return after | {
         "log_ratio_max": start["log_ratio_max"],
-        "grad_norm": gradient.norm().item(),
+        "trpo/grad_norm": gradient.norm().item(),
         "trpo/expected_improvement": expected,
         "trpo/improvement": start["policy_loss"] - after["policy_loss"],
         "trpo/step_fraction": fraction,
