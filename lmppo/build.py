@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import accelerate
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from lmppo.config import PPOConfig, RewardStream
 from lmppo.kl_control import AdaptiveKL, FixedKL
@@ -23,6 +24,7 @@ def make_accelerator(args: PPOConfig) -> Accelerator:
 
     Raises:
         RuntimeError: The launcher started more processes than accelerate sees, or the model would be sharded.
+        ModuleNotFoundError: A tracker is not installed.
         ValueError: The sizes of the configuration do not divide over the processes.
     """
     together = all(learns.policy == learns.critic for learns in epochs_of(args, policy_frozen=False))
@@ -35,6 +37,11 @@ def make_accelerator(args: PPOConfig) -> Accelerator:
         project_dir=args.output_dir,
         kwargs_handlers=[ddp],
     )
+    missing = set(args.report_to) - {"none", "all"} - {str(tracker) for tracker in accelerator.log_with}
+    if missing:  # accelerate leaves them out without a word
+        raise ModuleNotFoundError(
+            f"report_to={args.report_to}: {', '.join(sorted(missing))} is not installed. Install it, or leave it out."
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise RuntimeError(
@@ -65,6 +72,23 @@ def describe_model(model: ActorCritic) -> dict[str, Any]:
         if isinstance(adapter.get("target_modules"), set | list):
             settings["adapter"]["target_modules"] = sorted(adapter["target_modules"])  # a set has no order to compare
     return settings
+
+
+def make_callbacks(callbacks: Sequence[Any] | None) -> list[TrainerCallback]:
+    """The callbacks, classes made into objects as transformers does.
+
+    Raises:
+        TypeError: Something is no callback.
+    """
+    if callbacks is not None and not isinstance(callbacks, list | tuple):
+        raise TypeError(f"callbacks={callbacks!r} is a {type(callbacks).__name__}; expected a list of callbacks.")
+    made = [callback() if isinstance(callback, type) else callback for callback in callbacks or []]
+    for callback in made:
+        if not isinstance(callback, TrainerCallback):
+            raise TypeError(
+                f"callbacks has a {type(callback).__name__}; expected transformers.TrainerCallback objects."
+            )
+    return made
 
 
 def make_optimizer(model: ActorCritic, args: PPOConfig) -> torch.optim.AdamW:
@@ -98,11 +122,13 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def make_streams(reward_funcs: Any, reward_streams: Any) -> list[RewardStream]:
+def make_streams(reward_funcs: Any, reward_streams: Any, args: PPOConfig) -> list[RewardStream]:
     """The reward streams of a run: those given, or one with all reward functions.
 
     Raises:
-        ValueError: Both or neither are given, there is no function, or a stream has a key that does not exist.
+        ValueError: Both or neither are given, there is no function, or a stream has a key that does not exist or has no
+            effect under this configuration.
+        TypeError: ``reward_streams`` is no list, or a value of a stream is of the wrong kind.
     """
     if (reward_funcs is None) == (reward_streams is None):
         raise ValueError("give either reward_funcs or reward_streams: one of the two, and not both.")
@@ -111,9 +137,24 @@ def make_streams(reward_funcs: Any, reward_streams: Any) -> list[RewardStream]:
         if not functions:
             raise ValueError("reward_funcs is empty: give at least one reward function.")
         return [RewardStream("reward", functions)]
-    if not any(getattr(s, "name", None) != "kl" and s != {"name": "kl"} for s in reward_streams):
+    streams = as_streams(reward_streams)
+    if not any(stream.reward_funcs for stream in streams):
         raise ValueError("reward_streams has no stream with reward_funcs: give at least one.")
-    return [stream if isinstance(stream, RewardStream) else _as_stream(stream) for stream in reward_streams]
+    for stream in streams:
+        _check_effect(stream, args)
+    return streams
+
+
+def as_streams(given: Any) -> list[RewardStream]:
+    """Reward streams from :class:`RewardStream` objects or from mappings with their fields, as YAML gives them.
+
+    Raises:
+        ValueError: A stream is no mapping, has no name, or has a key that does not exist.
+        TypeError: ``given`` is no list, or a value of a stream is of the wrong kind.
+    """
+    if not isinstance(given, list | tuple):
+        raise TypeError(f"reward_streams={given!r} is a {type(given).__name__}; expected a list of streams.")
+    return [stream if isinstance(stream, RewardStream) else _as_stream(stream) for stream in given]
 
 
 def _as_stream(given: Any) -> RewardStream:
@@ -121,6 +162,25 @@ def _as_stream(given: Any) -> RewardStream:
     if not isinstance(given, dict) or not set(given) <= set(known) or "name" not in given:
         raise ValueError(f"reward stream {given!r}: expected a mapping with `name` and any of {', '.join(known[1:])}.")
     return RewardStream(**given)
+
+
+def _check_effect(stream: RewardStream, args: PPOConfig) -> None:
+    """Refuse what the estimator, or the place of the KL penalty, would leave without effect."""
+    if stream.lam is not None and args.estimator != "gae":
+        raise ValueError(
+            f"reward stream {stream.name!r}: lam={stream.lam} is GAE's, and estimator={args.estimator!r} has no lambda: "
+            f"leave it out, or set estimator='gae'."
+        )
+    if stream.gamma is not None and args.estimator == "immediate_rewards":
+        raise ValueError(
+            f"reward stream {stream.name!r}: gamma={stream.gamma} discounts later rewards, which "
+            f"estimator='immediate_rewards' does not use: leave it out, or choose another estimator."
+        )
+    if stream.name == "kl" and args.kl_placement == "loss":
+        raise ValueError(
+            "reward stream 'kl' holds the KL penalty of the reward, and kl_placement='loss' has none there: leave the "
+            "stream out, or set kl_placement='reward' or 'both'."
+        )
 
 
 def make_actor_critic(policy: Any, critic: Any, args: PPOConfig, *, n_streams: int) -> ActorCritic:
@@ -174,17 +234,29 @@ def make_sampling_params(args: PPOConfig, tokenizer: Any, policy: PreTrainedMode
     )
 
 
-def make_prompt_encoder(tokenizer: Any, policy: PreTrainedModel, args: PPOConfig) -> PromptEncoder:
+def make_prompt_encoder(tokenizer: Any, readers: dict[str, Any], args: PPOConfig) -> PromptEncoder:
     """The encoder of prompts.
 
+    Args:
+        tokenizer: The policy's tokenizer.
+        readers: The models that read prompt and completion (None: not there), by their names as arguments; the policy is
+            ``"model"``. The shortest context decides how long a prompt may be.
+        args: Gives the longest completion.
+
     Raises:
-        ValueError: The tokenizer has tokens that the model does not know.
+        ValueError: The tokenizer has tokens that the policy does not know.
     """
-    vocab_size = policy.get_input_embeddings().num_embeddings
+    vocab_size = readers["model"].get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the model's embedding {vocab_size} rows: they do not "
             f"belong together, or the model needs model.resize_token_embeddings({len(tokenizer)})."
         )
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    return PromptEncoder(tokenizer, vocab_size, context, args.max_completion_length)
+    contexts = {
+        name: getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        for name, model in readers.items()
+        if model is not None
+    }
+    limits = {name: limit for name, limit in contexts.items() if limit is not None}
+    shortest = min(limits, key=lambda name: limits[name], default="model")
+    return PromptEncoder(tokenizer, vocab_size, limits.get(shortest), args.max_completion_length, reader=shortest)

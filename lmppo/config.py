@@ -326,6 +326,10 @@ class PPOConfig:
                 "critic_warmup_epochs and critic_warmup_explained_variance need critic_warmup_steps above 0.",
             ),
             (
+                self.kl_target is not None and self.kl_coef == 0,
+                f"kl_target={self.kl_target} adapts kl_coef by factors, and kl_coef=0 stays 0: start above 0.",
+            ),
+            (
                 self.dual_clip is not None and self.objective != "clip",
                 f"dual_clip belongs to objective='clip', not {self.objective!r}.",
             ),

@@ -11,12 +11,14 @@ Axes: ``B`` sequences, ``P`` prompt positions, ``T`` completion positions, ``S =
 import contextlib
 import copy
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from lmppo.experience import select_rows, trim
 from lmppo.functional import token_logprobs
@@ -248,10 +250,20 @@ class Reference:
 
     A given ``ref_model``; else, for a policy with an adapter, the same weights with the adapter off; else a frozen copy
     of the policy as it is now.
+
+    Raises:
+        ValueError: ``ref_model`` has another vocabulary than the policy.
     """
 
     def __init__(self, policy: Any, ref_model: Any = None) -> None:
         self.adapter_off = ref_model is None and hasattr(policy, "disable_adapter")
+        if ref_model is not None:
+            n_policy, n_ref = (m.get_input_embeddings().num_embeddings for m in (policy, ref_model))
+            if n_ref != n_policy:
+                raise ValueError(
+                    f"ref_model knows {n_ref} tokens and the policy {n_policy}: a KL needs distributions over the same "
+                    f"vocabulary. Give a reference with the policy's tokenizer and embedding size."
+                )
         model = policy if self.adapter_off else ref_model if ref_model is not None else copy.deepcopy(policy)
         if not self.adapter_off:
             model = model.float().eval().requires_grad_(False)
@@ -303,7 +315,8 @@ def _load_critic_weights(name: str, n_streams: int) -> PreTrainedModel:
             f"critic {name!r} has {config.num_labels} labels; expected {n_streams}, one per reward stream."
         )
     config.problem_type, config.num_labels = "regression", n_streams  # a classifier's own is refused with one label
-    critic = load_weights(AutoModelForTokenClassification, name, config=config, ignore_mismatched_sizes=True)
+    with _no_load_report():  # it would call the head new, which is what is wanted
+        critic = load_weights(AutoModelForTokenClassification, name, config=config, ignore_mismatched_sizes=True)
     if "ForTokenClassification" in architectures[0]:
         return critic
     head = next(m for n, m in critic.named_modules() if n in ("score", "classifier"))
@@ -316,6 +329,16 @@ def _load_critic_weights(name: str, n_streams: int) -> PreTrainedModel:
             weight = scorer.score.weight.data
             head.weight.data.copy_(weight[-1:] - weight[:1] if len(weight) == 2 else weight)
     return critic
+
+
+@contextlib.contextmanager
+def _no_load_report() -> Iterator[None]:
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def load_weights_config(auto_config: Any, name: str) -> Any:

@@ -3,6 +3,8 @@
 The order is a pure function of (seed, epoch, position): the only state is the number of prompts drawn so far.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +14,9 @@ import torch
 from torch import Tensor
 
 Prompt = str | list
+
+# What a reward function is given of a rollout (lmppo.rewards): no data column may have such a name.
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)
@@ -55,74 +60,116 @@ def is_conversational(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
 
 
+def check_prompt(prompt: Any, where: str) -> None:
+    """Refuse what is neither text nor chat messages nor token ids.
+
+    Args:
+        prompt: A prompt as the data set has it.
+        where: Its row, for the message.
+
+    Raises:
+        ValueError: It is null or something else.
+    """
+    if prompt is None:
+        raise ValueError(f"{where}: `prompt` is null. Remove the row, or give it a prompt.")
+    if isinstance(prompt, str) or is_conversational(prompt):
+        return
+    kind = type(prompt).__name__
+    if isinstance(prompt, list | tuple):
+        wrong = {type(token).__name__ for token in prompt if not (type(token) is int or isinstance(token, np.integer))}
+        if not wrong:
+            return
+        kind += f" holding {', '.join(sorted(wrong))}"
+    raise ValueError(
+        f"{where}: the prompt is a {kind}; expected text, a list of messages ({{'role': ..., 'content': ...}}), or a "
+        f"list of token ids."
+    )
+
+
 class PromptEncoder:
     """Turns a data row's prompt into tokens, and refuses what cannot be sampled from.
 
     Args:
         tokenizer: The policy's tokenizer.
         vocab_size: Rows of the policy's embedding.
-        max_positions: The policy's context, or None where it has no limit.
+        max_positions: The shortest context of the models that read prompt and completion, or None: no limit.
         max_completion_length: Room the completion needs.
+        reader: The model whose context that is, for messages.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, max_positions: int | None, max_completion_length: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        max_positions: int | None,
+        max_completion_length: int,
+        *,
+        reader: str = "model",
+    ) -> None:
+        self.reader = reader
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_positions = max_positions
         self.max_completion_length = max_completion_length
 
-    def encode(self, row: Any, number: int) -> tuple[Prompt, list[int]]:
+    def encode(self, row: Any, where: str) -> tuple[Prompt, list[int]]:
         """The prompt as reward functions see it, and its tokens.
 
+        Args:
+            row: A row of the data set.
+            where: Which one, for messages.
+
         Raises:
-            ValueError: The row has no prompt, or one that is empty, too long, or not text, messages or token ids.
+            ValueError: The row has no prompt, or one that is empty, too long, or not text, messages or token ids; or
+                it has a column that would hide what was sampled from reward functions.
         """
-        prompt = row.get("prompt") if isinstance(row, dict) else row
-        if prompt is None:
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        if isinstance(row, dict) and "prompt" not in row:
             raise ValueError(
-                f"Row {number} of the data set has no `prompt` (found: {found}). Name the column `prompt`, or cut "
+                f"{where} has no `prompt` (found: {', '.join(map(str, row))}). Name the column `prompt`, or cut "
                 f"prompts from a `text` column with lmppo.prompts.cut_prompts (--prompt_tokens in the recipes)."
+            )
+        prompt = row["prompt"] if isinstance(row, dict) else row
+        check_prompt(prompt, where)
+        clash = [name for name in REWARD_ARGUMENTS if isinstance(row, dict) and name in row]
+        if clash:
+            raise ValueError(
+                f"{where} has a column `{clash[0]}`, the name under which reward functions get what belongs to the "
+                f"rollout. Rename the column (dataset.rename_column({clash[0]!r}, 'my_{clash[0]}')) or remove it."
             )
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         elif is_conversational(prompt):
             if not getattr(self.tokenizer, "chat_template", None):
                 raise ValueError(
-                    f"Row {number}: the prompt is a list of chat messages, but the tokenizer has no chat template. "
+                    f"{where}: the prompt is a list of chat messages, but the tokenizer has no chat template. "
                     f"Set tokenizer.chat_template, or give the prompts as text."
                 )
             ids = self.tokenizer.apply_chat_template(
                 prompt, add_generation_prompt=True, tokenize=True, return_dict=True
             )["input_ids"]
-        elif isinstance(prompt, list | tuple) and all(isinstance(token, int) for token in prompt):
-            ids = list(prompt)
-            self._check(ids, number)
-            return self.tokenizer.decode(ids), ids
         else:
-            raise ValueError(
-                f"Row {number}: the prompt is a {type(prompt).__name__}; expected text, a list of messages "
-                f"({{'role': ..., 'content': ...}}), or a list of token ids."
-            )
-        self._check(ids, number)
+            ids = [int(token) for token in prompt]
+            self._check(ids, where)
+            return self.tokenizer.decode(ids), ids
+        self._check(ids, where)
         return prompt, list(ids)
 
-    def _check(self, ids: Sequence[int], number: int) -> None:
+    def _check(self, ids: Sequence[int], where: str) -> None:
         if not ids:
             raise ValueError(
-                f"Row {number}: the prompt has no tokens, and a language model needs something to go on from. Remove "
+                f"{where}: the prompt has no tokens, and a language model needs something to go on from. Remove "
                 f"the row, or give it the beginning-of-text token."
             )
         if max(ids) >= self.vocab_size or min(ids) < 0:
             raise ValueError(
-                f"Row {number}: token id {max(ids) if max(ids) >= self.vocab_size else min(ids)} is outside the "
+                f"{where}: token id {max(ids) if max(ids) >= self.vocab_size else min(ids)} is outside the "
                 f"model's vocabulary of {self.vocab_size}."
             )
         if self.max_positions is not None and len(ids) + self.max_completion_length > self.max_positions:
             raise ValueError(
-                f"Row {number}: a prompt of {len(ids)} tokens and max_completion_length="
-                f"{self.max_completion_length} exceed the model's context of {self.max_positions}. Shorten the prompt "
-                f"(--prompt_tokens) or lower max_completion_length."
+                f"{where}: a prompt of {len(ids)} tokens and max_completion_length="
+                f"{self.max_completion_length} exceed the {self.reader}'s context of {self.max_positions}. Shorten "
+                f"the prompt (--prompt_tokens) or lower max_completion_length."
             )
 
 
@@ -133,35 +180,58 @@ class PromptStream:
     a new order each epoch. A streaming one is read in its own order and checked row by row.
 
     Args:
-        dataset: Rows of ``{"prompt": ..., other columns}``, or of bare prompts.
+        dataset: Rows of ``{"prompt": ..., other columns}``, or of bare prompts. Where it is a part of another data set,
+            its attribute ``row_numbers``, if it has one, says which rows those are; messages name them.
         encoder: Makes tokens of the prompts.
         seed: Seeds the order.
         shuffle: Whether to shuffle (map-style only).
+        name: What messages call the data set.
 
     Raises:
         ValueError: The data set is empty, or a row's prompt is not usable.
     """
 
-    def __init__(self, dataset: Any, encoder: PromptEncoder, *, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        dataset: Any,
+        encoder: PromptEncoder,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        name: str = "train_dataset",
+    ) -> None:
+        self.name = name
         self.dataset = dataset
         self.encoder = encoder
         self.seed = seed
         self.shuffle = shuffle
         self.drawn = 0
         self.is_map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if type(dataset).__name__ == "DataFrame":
+            raise ValueError(
+                f"{name}: the data set is a DataFrame; expected rows. Give datasets.Dataset.from_pandas(...) of it."
+            )
         readable = self.is_map_style or isinstance(dataset, Iterable)
         if not readable or isinstance(dataset, str | dict | Iterator):
             raise ValueError(
-                f"The data set is a {type(dataset).__name__}; expected a Dataset (one split of it), a list of rows, or an "
-                f"iterable of rows that can be started over (an iterator or a generator cannot)."
+                f"{name}: the data set is a {type(dataset).__name__}; expected a Dataset (one split of it), a list of "
+                f"rows, or an iterable of rows that can be started over (an iterator or a generator cannot)."
             )
         self._iterator: Iterator[Any] | None = None
         self._read = 0
         self._order, self._order_epoch = np.empty(0, dtype=np.int64), -1
         if self.is_map_style:
             if len(dataset) == 0:
-                raise ValueError("The data set is empty: it has no prompts to train on.")
-            self._encoded = [encoder.encode(dataset[i], i) for i in range(len(dataset))]
+                raise ValueError(f"{name}: the data set is empty. Give it at least one row with a `prompt`.")
+            self._encoded = [encoder.encode(dataset[i], self._where(i)) for i in range(len(dataset))]
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells this data set's prompts, in their order, from others; of a streaming one only that it is one."""
+        if not self.is_map_style:
+            return "streaming"
+        ids = json.dumps([ids for _, ids in self._encoded]).encode()
+        return f"{len(self._encoded)} prompts, sha256 {hashlib.sha256(ids).hexdigest()[:16]}"
 
     def next_batch(self, n_prompts: int, num_generations: int = 1) -> PromptBatch:
         """The next prompts, each ``num_generations`` times in a row."""
@@ -177,6 +247,13 @@ class PromptStream:
         """Go on after that many prompts."""
         self.drawn = int(state["drawn"])
         self._iterator = None
+
+    def _where(self, row: int) -> str:
+        """How messages call a row."""
+        numbers = getattr(self.dataset, "row_numbers", None)
+        if numbers is None:
+            return f"Row {row} of {self.name}"
+        return f"Row {numbers[row]} of the original data (row {row} of {self.name})"
 
     def _row(self, position: int) -> tuple[Any, Prompt, list[int]]:
         if not self.is_map_style:
@@ -195,7 +272,7 @@ class PromptStream:
             for _ in range(position):
                 self._next_row()
         row = self._next_row()
-        return (row, *self.encoder.encode(row, position))
+        return (row, *self.encoder.encode(row, self._where(position)))
 
     def _next_row(self) -> Any:
         assert self._iterator is not None
@@ -205,7 +282,8 @@ class PromptStream:
             row = next(self._iterator, None)
         if row is None:
             raise ValueError(
-                f"The streaming data set has no row after row {self._read}: it is empty, or did not start over at iter()."
+                f"{self.name}: the streaming data set has no row after row {self._read}: it is empty, or did not start "
+                f"over at iter()."
             )
         self._read += 1
         return row
@@ -222,23 +300,31 @@ def make_batch(drawn: Sequence[tuple[Any, Prompt, list[int]]], num_generations: 
 def cut_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int) -> Any:
     """A `datasets.Dataset` with a ``text`` column gets a ``prompt`` column: the text's first tokens, as token ids.
 
+    The result's ``row_numbers`` say which rows it kept.
+
     Args:
         dataset: The data set; texts shorter than ``prompt_tokens`` are left out.
         tokenizer: The policy's tokenizer.
         prompt_tokens: Tokens of each prompt.
 
     Raises:
-        ValueError: There is no ``text`` column, or no text is long enough.
+        ValueError: There is no ``text`` column, a row of it is not text, or no text is long enough.
     """
     if "text" not in dataset.column_names:
         raise ValueError(f"The data set has neither a `prompt` nor a `text` column (found: {dataset.column_names}).")
 
-    def cut(texts: list[str]) -> dict[str, list]:
+    def cut(texts: list[str], rows: list[int]) -> dict[str, list]:
+        for row, text in zip(rows, texts, strict=True):
+            if not isinstance(text, str):
+                kind = "null" if text is None else f"a {type(text).__name__}"
+                raise ValueError(f"Row {row}: `text` is {kind}; expected text. Mend the row or remove it.")
         ids = tokenizer(texts, truncation=True, max_length=prompt_tokens)["input_ids"]
         return {"prompt": [row if len(row) == prompt_tokens else None for row in ids]}
 
-    dataset = dataset.map(cut, batched=True, input_columns="text", remove_columns="text")
-    dataset = dataset.filter(lambda prompt: prompt is not None, input_columns="prompt")
-    if len(dataset) == 0:
+    dataset = dataset.map(cut, batched=True, with_indices=True, input_columns="text", remove_columns="text")
+    long_enough = [row for row, prompt in enumerate(dataset["prompt"]) if prompt is not None]
+    if not long_enough:
         raise ValueError(f"No text of the data set has prompt_tokens={prompt_tokens} tokens: lower it.")
+    dataset = dataset.select(long_enough)
+    dataset.row_numbers = long_enough
     return dataset

@@ -18,6 +18,7 @@ from lmppo.build import (
     load_tokenizer,
     make_accelerator,
     make_actor_critic,
+    make_callbacks,
     make_kl_control,
     make_optimizer,
     make_prompt_encoder,
@@ -61,7 +62,9 @@ class PPOTrainer:
         peft_config: Train an adapter; the reference is then the same model with the adapter off.
         ref_model: The reference, if it is not the policy as it is now.
         critic: None: a value head on the policy's trunk. Otherwise a token-classification model, or a model's name.
-        callbacks: transformers callbacks.
+        callbacks: transformers callbacks, or their classes.
+        run_settings: What else decides the outcome, such as the data set's name: kept in ``run_config.yaml``, and a run is
+            not continued with other values.
         reward_streams: In place of ``reward_funcs``: several kinds of reward, each with its own discount and its own
             output of the critic (:class:`lmppo.RewardStream`, or its fields as a dict).
 
@@ -83,8 +86,9 @@ class PPOTrainer:
         peft_config: "PeftConfig | None" = None,
         ref_model: PreTrainedModel | str | None = None,
         critic: PreTrainedModel | str | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         reward_streams: Sequence[RewardStream | dict] | None = None,
+        run_settings: dict[str, Any] | None = None,
     ) -> None:
         self.args = args if args is not None else PPOConfig()
         if not isinstance(self.args, PPOConfig):
@@ -101,18 +105,20 @@ class PPOTrainer:
         self.reference = Reference(policy, None if ref_model is None else ref_model.to(self.accelerator.device))
         # A trained adapter that the user brings differs from the reference before any step; anything else may not.
         self._kl_starts_at_zero = ref_model is None and (peft_config is not None or not hasattr(policy, "peft_config"))
-        self.streams = make_streams(reward_funcs, reward_streams)
+        self.streams = make_streams(reward_funcs, reward_streams, self.args)
+        self.run_settings = dict(run_settings or {})
         self.rewards = RewardSet.from_streams(
             self.streams, self.args.reward_weights, reward_processing_classes, device=self.accelerator.device
         )
         self.params = make_sampling_params(self.args, self.processing_class, policy)
-        encoder = make_prompt_encoder(self.processing_class, policy, self.args)
+        actor_critic = make_actor_critic(policy, critic, self.args, n_streams=len(self.streams))
+        readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
+        encoder = make_prompt_encoder(self.processing_class, readers, self.args)
         self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
         self.eval_prompts = None if eval_dataset is None else PromptStream(eval_dataset, encoder, shuffle=False)
         if self.args.eval_steps is not None and self.eval_prompts is None:
             raise ValueError(f"eval_steps={self.args.eval_steps} needs an eval_dataset.")
 
-        actor_critic = make_actor_critic(policy, critic, self.args, n_streams=len(self.streams))
         optimizer: Any = make_optimizer(actor_critic, self.args)
         self.model, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
         self.kl_control = make_kl_control(self.args)
@@ -128,7 +134,7 @@ class PPOTrainer:
             is_world_process_zero=self.accelerator.is_main_process,
         )
         self.control = TrainerControl()
-        self.callbacks = list(callbacks or [])
+        self.callbacks = make_callbacks(callbacks)
 
     @property
     def actor_critic(self) -> ActorCritic:
@@ -144,7 +150,8 @@ class PPOTrainer:
         Raises:
             CheckpointError: The run directory cannot be used, or the checkpoint cannot be resumed.
         """
-        first = self._open_run(resume_from_checkpoint or self.args.resume_from_checkpoint)
+        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        first = self._open_run(resume)
         final = Path(self.args.output_dir) / "final"
         if first >= self.args.max_steps and final.exists():
             self.accelerator.print(f"Nothing to do: the run in {self.args.output_dir} is at step {first} already.")
@@ -392,6 +399,8 @@ class PPOTrainer:
             | {
                 "reward_funcs": self.rewards.names,
                 "reward_streams": [[s.name, s.weight, s.gamma, s.lam, len(s.reward_funcs)] for s in self.streams],
+                "train_dataset": self.prompts.fingerprint,
+                "run_settings": self.run_settings,
             }
         )
 

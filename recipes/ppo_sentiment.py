@@ -7,7 +7,7 @@ Any model, data set or reward can be named on the command line, by path or Hub i
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trl import TrlParser
@@ -39,6 +39,12 @@ class RecipeArguments:
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules to adapt (peft's choice)."})
     show: int = field(default=8, metadata={"help": "Held-out prompts shown before and after."})
 
+    def __post_init__(self) -> None:
+        for name in ("reward_funcs", "reward_streams", "lora_target_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, list):
+                raise TypeError(f"{name}={value!r} must be a list; in YAML: {name}: [...].")
+
 
 def make_peft_config(recipe: RecipeArguments) -> Any:
     """The adapter's configuration, or None."""
@@ -57,11 +63,14 @@ def make_peft_config(recipe: RecipeArguments) -> Any:
 
 def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
     """The trainer's ``reward_funcs`` or ``reward_streams``, their names looked up."""
+    from lmppo.build import as_streams
     from reward_models import load
 
     if recipe.reward_streams is None:
         return {"reward_funcs": [load(spec) for spec in recipe.reward_funcs or []]}
-    streams = [s | {"reward_funcs": [load(spec) for spec in s.get("reward_funcs", [])]} for s in recipe.reward_streams]
+    streams = [
+        replace(s, reward_funcs=[load(spec) for spec in s.reward_funcs]) for s in as_streams(recipe.reward_streams)
+    ]
     return {"reward_streams": streams, "reward_funcs": recipe.reward_funcs}
 
 
@@ -83,12 +92,13 @@ def scores_of(scored: Any) -> list[float]:
 def main() -> None:
     """Train, show what changed on held-out prompts, and draw the curves."""
     started = time.perf_counter()
-    recipe, args = TrlParser((RecipeArguments, PPOConfig)).parse_args_and_config()
+    parser = TrlParser((RecipeArguments, PPOConfig), epilog="--config FILE reads any of these from YAML; flags win.")
+    recipe, args = parser.parse_args_and_config()
 
     from prompt_data import load_prompts
     from transformers.utils.logging import disable_progress_bar
 
-    from lmppo import PPOTrainer
+    from lmppo import PPOTrainer  # heavy imports wait until the command line has been read
     from lmppo.build import load_tokenizer
     from lmppo.plots import plot_run
 
@@ -103,6 +113,7 @@ def main() -> None:
         eval_dataset=held_out_prompts,
         processing_class=tokenizer,
         peft_config=make_peft_config(recipe),
+        run_settings=vars(recipe) | {"show": None},  # which decides nothing
         critic=None if recipe.critic_model_name_or_path == "none" else recipe.critic_model_name_or_path,
     )
     before = trainer.sample_eval()

@@ -44,6 +44,18 @@ def test_callbacks_are_fired_in_order(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_class_of_callbacks_is_made_into_one(tmp_path):
+    assert type(make_trainer(tmp_path, callbacks=[TrainerCallback]).callbacks[0]) is TrainerCallback
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"), [(TrainerCallback(), "expected a list"), ([print], "has a builtin_")]
+)
+def test_what_is_no_callback_is_refused(tmp_path, callbacks, message):
+    with pytest.raises(TypeError, match=f"callbacks.*{message}"):
+        make_trainer(tmp_path, callbacks=callbacks)
+
+
 def test_callbacks_see_what_is_logged(tmp_path):
     class Keep(TrainerCallback):
         rows = []
@@ -127,6 +139,15 @@ def test_completions_are_shown_and_kept(tmp_path, capsys):
         assert row["prompt"] in PROMPTS and "kl" in row
     output = capsys.readouterr().out
     assert "Step 2" in output and "Step 3" in output and "Step 1" not in output
+
+
+def test_a_tracker_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
+    """accelerate leaves it out without a word."""
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    with pytest.raises(ModuleNotFoundError, match=r"report_to=\['tensorboard'\]: tensorboard is not installed"):
+        make_trainer(tmp_path, report_to=["tensorboard"])
 
 
 def test_trackers_get_every_logged_row(tmp_path):

@@ -122,6 +122,51 @@ def test_a_misspelled_choice_gets_a_suggestion():
         PPOConfig(estimator="rewards_togo")
 
 
+WHOLE = {"ppo_epochs": 1, "minibatch_size": 64}
+NO_CRITIC = {"estimator": "rewards_to_go", "baseline": "batch_mean"}
+# What makes no sense together, and the start of what is said of it; docs/notes.md has the same table ("Legal pairs").
+CONTRADICTIONS = [
+    ({"baseline": "batch_mean"}, "estimator='gae' needs a critic"),
+    ({"estimator": "rewards_to_go", "baseline": "leave_one_out"}, "baseline='leave_one_out' compares completions"),
+    (NO_CRITIC | {"truncation": "bootstrap"}, "truncation='bootstrap' needs a critic"),
+    ({"estimator": "total_return", "truncation": "bootstrap"}, "truncation='bootstrap' adds a value to later rewards"),
+    ({"estimator": "immediate_rewards", "truncation": "bootstrap"}, "truncation='bootstrap' adds a value"),
+    (NO_CRITIC | {"critic_warmup_steps": 1}, "critic_warmup_steps and critic_epochs need a critic"),
+    (NO_CRITIC | {"critic_epochs": 2}, "critic_warmup_steps and critic_epochs need a critic"),
+    ({"estimator": "rewards_to_go", "critic_lam": 1.0}, "critic_lam and adaptive_lam_alpha are GAE's"),
+    ({"estimator": "rewards_to_go", "adaptive_lam_alpha": 0.1}, "critic_lam and adaptive_lam_alpha are GAE's"),
+    ({"kl_placement": "both"}, "kl_placement='both' adds only noise to kl_estimator='k1'"),
+    ({"objective": "policy_gradient"}, "objective='policy_gradient' holds for one step per rollout"),
+    ({"objective": "policy_gradient", "ppo_epochs": 1}, "objective='policy_gradient' holds for one step"),
+    ({"objective": "trpo", "ent_coef": 0.1}, "objective='trpo' takes one step within trpo_max_kl"),
+    ({"objective": "trpo", "target_kl": 0.1}, "objective='trpo' takes one step within trpo_max_kl"),
+    ({"objective": "trpo", "kl_estimator": "exact", "kl_placement": "both"}, "objective='trpo' takes one step"),
+    (
+        WHOLE | {"objective": "policy_gradient", "target_kl": 0.1},
+        "objective='policy_gradient' takes its one step at KL",
+    ),
+    ({"critic_warmup_epochs": 2}, "critic_warmup_epochs and critic_warmup_explained_variance need"),
+    ({"critic_warmup_explained_variance": 0.3}, "critic_warmup_epochs and critic_warmup_explained_variance need"),
+    ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target=6.0 adapts kl_coef by factors"),
+    ({"dual_clip": 3.0, "objective": "kl_penalty"}, "dual_clip belongs to objective='clip'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        PPOConfig(**settings)
+
+
+def test_every_refusal_is_tested():
+    fired = set()
+    for settings, _ in CONTRADICTIONS:
+        unchecked = object.__new__(PPOConfig)
+        unchecked.__dict__.update(PPOConfig().to_dict() | settings)
+        fired |= {i for i, (wrong, _) in enumerate(unchecked._contradictions()) if wrong}
+    assert fired == set(range(len(PPOConfig()._contradictions())))
+
+
 def test_it_cannot_be_written_to():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PPOConfig().seed = 3

@@ -9,7 +9,7 @@ from tests.fakes import tiny_gpt2
 
 
 @pytest.mark.parametrize("n_labels", [1, 2])
-def test_values_are_the_rewards_of_the_prefixes_and_survive_saving(tmp_path, n_labels):
+def test_values_are_the_rewards_of_the_prefixes_and_survive_saving(tmp_path, n_labels, capsys):
     torch.manual_seed(0)
     config = tiny_gpt2().config
     config.num_labels = n_labels
@@ -18,7 +18,9 @@ def test_values_are_the_rewards_of_the_prefixes_and_survive_saving(tmp_path, n_l
     torch.nn.init.normal_(scorer.score.weight)
     scorer.save_pretrained(tmp_path / "scorer")
     policy = tiny_gpt2(seed=1)
+    capsys.readouterr()
     critic = load_critic(str(tmp_path / "scorer"), policy)
+    assert "MISSING" not in capsys.readouterr().err, "no alarm about a head that is set right here"
 
     ids = torch.randint(1, 257, (2, 9))
     mask = torch.ones_like(ids, dtype=torch.bool)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from builders import assert_same, gpt2, make_trainer, row_alone, trained, weights
+from builders import assert_same, critic_of, gpt2, make_trainer, row_alone, trained, weights
 from test_update import ACCELERATOR, ROWS, config, setting, state_of, update
 
 from lmppo.models import ActorCritic, Reference
@@ -179,6 +179,44 @@ def test_beta_is_halved_and_doubled_logged_and_resumed(tmp_path):
     )
     on.train()
     assert on.state.log_history[-1]["policy_kl_coef"] == 32.0
+
+
+def test_beta_answers_to_the_kl_of_the_whole_update(tmp_path):
+    """Not to the mean over its minibatches, the first of which is taken at KL 0."""
+    settings = {"objective": "kl_penalty", "max_steps": 1, "ppo_epochs": 4}
+    free = make_trainer(tmp_path / "free", policy_kl_target=None, **settings)
+    row = free.step(0)
+    rollout, seen = free.newest["scored"].rollout, free.newest["experience"]
+    total, count = 0.0, 0
+    for i, mask in enumerate(rollout.completion_mask):
+        prompt, completion = rollout.prompt_ids[i][rollout.prompt_mask[i]], rollout.completion_ids[i][mask]
+        logits, _ = row_alone(free.actor_critic, prompt, completion)
+        now = logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
+        d = now - seen.old_logprobs[i][mask]
+        total, count = total + (d.exp() - 1 - d).sum().item(), count + len(d)
+    assert row["policy_kl"] == pytest.approx(total / count, rel=1e-3)
+    assert row["policy_kl"] > 1.2 * row["approx_kl"]
+    target = (row["policy_kl"] * row["approx_kl"]) ** 0.5 / 1.5  # 1.5 times it lies between the two
+    adapted = make_trainer(tmp_path / "adapted", policy_kl_target=target, **settings)
+    adapted.step(0)
+    assert adapted.beta.coef == 2 * free.beta.coef
+
+
+def good_prompts(prompts, completions, **kwargs):
+    """A reward that a critic can learn to foresee: it depends on the prompt alone."""
+    return [2.0 * prompt.startswith("a") for prompt in prompts]
+
+
+def test_a_warm_up_ends_when_the_critic_explains_enough(tmp_path):
+    """The batch that is explained well enough is the first that the policy learns from."""
+    trainer = trained(
+        tmp_path, reward=good_prompts, critic=critic_of(), max_steps=6, critic_warmup_steps=6, critic_warmup_epochs=4,
+        critic_warmup_explained_variance=0.3, critic_learning_rate=1e-2, value_clip_range=None, lam=1.0, max_grad_norm=10.0,
+    )  # fmt: skip
+    rows = trainer.state.log_history
+    first = next(i for i, row in enumerate(rows) if row["critic/explained_variance"] >= 0.3)
+    assert 0 < first < len(rows) - 1
+    assert ["policy_loss" in row for row in rows] == [i >= first for i in range(len(rows))]
 
 
 def test_a_warm_up_that_ended_early_stays_ended_after_a_resume(tmp_path):

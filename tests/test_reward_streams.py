@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import assert_same, count_a, critic_of, make_trainer, metrics_rows, share_of_a, trained, weights
 
-from lmppo import RewardStream
+from lmppo import PPOConfig, RewardStream
 from lmppo.build import make_streams
 from lmppo.rewards import RewardSet
 
@@ -30,7 +30,7 @@ def test_one_stream_is_the_same_run_as_plain_reward_functions(tmp_path):
 
 
 def test_scores_stand_in_their_stream_with_its_weight():
-    rewards = RewardSet.from_streams(make_streams(None, STREAMS), reward_weights=[1.0, 3.0, 1.0])
+    rewards = RewardSet.from_streams(make_streams(None, STREAMS, PPOConfig()), reward_weights=[1.0, 3.0, 1.0])
     scores = rewards.score(["p", "p"], ["aab", "b"], [[3, 3, 4], [4]], {}, None, 4)
     letters = [2 + 3 * 2 / 3, 0.0]
     assert scores.token_scores[..., 0].tolist() == [[0, 0, 0.5 * letters[0], 0], [0, 0, 0, 0]]
@@ -85,13 +85,15 @@ def test_each_critic_output_learns_its_own_stream(tmp_path):
     [
         ([{"name": "a", "reward_funcs": [count_a], "gama": 0.5}], "'gama'.*expected a mapping with `name`"),
         ([{"reward_funcs": [count_a]}], "expected a mapping with `name`"),
-        ([{"name": "a"}], "reward stream 'a' has 0 reward_funcs"),
+        ([{"name": "a"}, {"name": "b", "reward_funcs": [count_a]}], "reward stream 'a' has 0 reward_funcs"),
         ([{"name": "kl", "reward_funcs": [count_a]}], "the stream 'kl' has none"),
         ([{"name": "a", "reward_funcs": [count_a]}] * 2, "different names"),
         ([{"name": "a", "reward_funcs": [count_a], "gamma": 1.5}], r"gamma=1.5 must be within \[0, 1\]"),
         ([{"name": "a", "reward_funcs": [count_a], "weight": float("nan")}], "weight=nan must be finite"),
         ([{"name": "kl"}], "no stream with reward_funcs"),
+        ([{"name": "kl", "gamma": 0.5}], "no stream with reward_funcs"),
         ([], "no stream with reward_funcs"),
+        (["lexicon"], "'lexicon': expected a mapping with `name`"),
         ([{"name": "a", "reward_funcs": [count_a]}, {"name": "kl", "weight": 2.0}], "set kl_coef instead"),
     ],
 )
@@ -106,10 +108,29 @@ def test_wrong_kinds_are_refused(settings):
         RewardStream(**settings)
 
 
+def test_streams_are_a_list():
+    with pytest.raises(TypeError, match="reward_streams=.* is a dict; expected a list of streams"):
+        make_streams(None, STREAMS[0], PPOConfig())
+
+
+@pytest.mark.parametrize(
+    ("stream", "settings", "message"),
+    [
+        ({"name": "a", "reward_funcs": [count_a], "lam": 0.5}, {"estimator": "rewards_to_go"}, "lam=0.5 is GAE's"),
+        ({"name": "a", "reward_funcs": [count_a], "gamma": 0.5}, {"estimator": "immediate_rewards"}, "gamma=0.5 disc"),
+        ({"name": "kl"}, {"kl_placement": "loss", "kl_estimator": "k2", "kl_coef": 0.0}, "leave the stream out"),
+    ],
+)
+def test_settings_of_a_stream_without_effect_are_refused(tmp_path, stream, settings, message):
+    streams = [{"name": "letters", "reward_funcs": [share_of_a]}, stream]
+    with pytest.raises(ValueError, match=f"reward stream '{stream['name']}'.*{message}"):
+        make_trainer(tmp_path, reward_streams=streams, **settings)
+
+
 def test_either_functions_or_streams():
     for arguments in ((count_a, STREAMS), (None, None)):
         with pytest.raises(ValueError, match="either reward_funcs or reward_streams"):
-            make_streams(*arguments)
+            make_streams(*arguments, PPOConfig())
 
 
 def test_a_stream_cannot_be_written_to():

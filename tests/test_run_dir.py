@@ -271,6 +271,11 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_export_exports(copy_of
     assert metrics_rows(copy_of_finished) == metrics_rows(finished)
 
 
+def test_what_is_asked_of_train_wins_over_the_configuration(finished):
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        crashing_trainer(finished, resume_from_checkpoint="auto").train(resume_from_checkpoint=False)
+
+
 @pytest.mark.parametrize("resume", [None, False])
 def test_without_asking_nothing_is_continued_or_overwritten(finished, resume):
     before = tree(finished)
@@ -287,6 +292,8 @@ def test_without_asking_nothing_is_continued_or_overwritten(finished, resume):
         ({"seed": 1}, "seed: 42 there, 1 now"),
         ({"rollout_batch_size": 4}, "rollout_batch_size: 8 there, 4 now"),
         ({"estimator": "rewards_to_go"}, "estimator: 'gae' there, 'rewards_to_go' now"),
+        ({"dataset": [{"prompt": "a"}] * 6}, "train_dataset: '6 prompts, sha256 [0-9a-f]+' there, '6 prompts"),
+        ({"run_settings": {"data": "b"}}, "run_settings: {} there, {'data': 'b'} now"),
     ],
 )
 def test_another_configuration_is_refused_under_auto(finished, change, named):

@@ -11,6 +11,7 @@ from builders import (
     assert_same,
     build_policy_arguments,
     count_a,
+    critic_of,
     gpt2,
     lora,
     make_config,
@@ -453,6 +454,22 @@ def test_half_precision_checkpoints_are_trained_in_float32(tmp_path):
     assert {p.dtype for p in trainer.actor_critic.parameters()} == {torch.float32}
     assert trainer.state.log_history[0]["first_ratio_error"] < 2e-5
     assert (tmp_path / "run" / "run_config.yaml").read_text().count(str(tmp_path / "model")) == 1
+
+
+@pytest.mark.parametrize("reader", ["ref_model", "critic"])
+def test_the_shortest_context_of_all_models_decides(tmp_path, reader):
+    short = gpt2(n_positions=12) if reader == "ref_model" else critic_of()
+    if reader == "critic":
+        short.config.n_positions = 12
+    with pytest.raises(ValueError, match=f"Row 2: a prompt of 7 tokens .* exceed the {reader}'s context of 12"):
+        make_trainer(tmp_path, **{reader: short})
+
+
+def test_a_reference_of_another_vocabulary_is_refused(tmp_path):
+    from fakes import tiny_gpt2
+
+    with pytest.raises(ValueError, match=f"ref_model knows {VOCAB + 4} tokens and the policy {VOCAB}"):
+        make_trainer(tmp_path, ref_model=tiny_gpt2(VOCAB + 4))
 
 
 def test_the_vocabulary_may_be_larger_than_the_tokenizer(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -133,6 +134,87 @@ def test_hub_recipe_on_local_directories_of_the_same_architectures(tmp_path, loc
     )  # fmt: skip
     rows = rows_of(tmp_path / "run")
     assert len(rows) == 3 and "eval_reward" in rows[1] and "rewards/lexicon/mean" in rows[0]
+
+
+STREAMS = [
+    {"name": "mood", "reward_funcs": ["lexicon"], "weight": 2.0},
+    {"name": "commas", "reward_funcs": ["toy:target_token=12"], "gamma": 0.5, "lam": 0.9},
+    {"name": "kl"},
+]
+
+
+def with_streams(path: Path, streams) -> Path:
+    """The main job's YAML with reward streams in place of reward functions."""
+    settings = yaml.safe_load((ROOT / "recipes/configs/tiny_reviews.yaml").read_text())
+    for name in ("reward_funcs", "reward_weights", "critic_model_name_or_path"):
+        del settings[name]
+    path.write_text(yaml.safe_dump(settings | {"reward_streams": streams}))
+    return path
+
+
+def test_reward_streams_from_yaml_dense_rewards_among_them(tmp_path):
+    launch(str(with_streams(tmp_path / "streams.yaml", STREAMS)), tmp_path / "run", "--max_steps", "1")
+    (row,) = rows_of(tmp_path / "run")
+    mood, commas = row["rewards/lexicon/mean"], row["rewards/target_token/mean"]
+    assert row["reward"] == pytest.approx(2.0 * mood + commas, rel=1e-5) and mood != 0
+    saved = yaml.safe_load((tmp_path / "run" / "run_config.yaml").read_text())["reward_streams"]
+    assert saved == [["mood", 2.0, None, None, 1], ["commas", 1.0, 0.5, 0.9, 1], ["kl", 1.0, None, None, 0]]
+    head = load_file(tmp_path / "run" / "final" / "value_head.safetensors")["weight"]
+    assert len(head) == 3 and (head != 0).any(dim=1).all(), "each stream has taught its output"
+
+
+@pytest.mark.parametrize(
+    ("streams", "message"),
+    [
+        ([{"name": "mood", "reward_funcs": "lexicon"}], "'mood': reward_funcs='lexicon' must be a list"),
+        ([{"name": "mood", "reward_funcs": None}], "'mood': reward_funcs=None must be a list"),
+        (["lexicon"], "'lexicon': expected a mapping"),
+        ([{"name": "mood", "reward_funcs": ["lexicom"]}], "lexicom"),
+    ],
+)
+def test_wrong_streams_in_yaml_name_the_culprit(tmp_path, streams, message):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from ppo_sentiment import RecipeArguments, make_rewards
+
+    path = with_streams(tmp_path / "streams.yaml", streams)
+    recipe, _ = TrlParser((RecipeArguments, PPOConfig)).parse_args_and_config(["--config", str(path)])
+    with pytest.raises((TypeError, ValueError), match=message):
+        make_rewards(recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("reward_funcs", "lexicon"), ("reward_streams", {"name": "mood"}), ("lora_target_modules", "c_attn")],
+)
+def test_a_scalar_where_a_list_belongs_is_an_error(tmp_path, name, value):
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from ppo_sentiment import RecipeArguments
+
+    settings = yaml.safe_load((ROOT / "recipes/configs/tiny_reviews.yaml").read_text()) | {name: value}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(TypeError, match=f"{name}=.* must be a list"):
+        TrlParser((RecipeArguments, PPOConfig)).parse_args_and_config(["--config", str(tmp_path / "a.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("prompt_tokens", 4), ("reward_funcs", ["toy:token_count=13"]), ("dataset_name", "p.jsonl")]
+)
+def test_another_data_set_or_reward_is_another_run(tmp_path, name, value):
+    """The same names of rewards and the same configuration of the trainer, but not the same run."""
+    settings = yaml.safe_load((ROOT / "recipes/configs/tiny_reviews.yaml").read_text())
+    settings |= {"reward_funcs": ["toy:token_count=12"], "reward_weights": None, "output_dir": str(tmp_path / "run")}
+    settings |= {"critic_model_name_or_path": None, "max_steps": 1, "rollout_batch_size": 8, "minibatch_size": 4}
+    settings |= {"eval_completions": 8, "max_completion_length": 4, "show": 0, "cpu_threads": 1}
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "film {i}"}}\n' for i in range(20)))
+    value = str(tmp_path / value) if name == "dataset_name" else value
+    for step, change in ((1, {}), (2, {name: value})):
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump(settings | {"max_steps": step} | change))
+        done = subprocess.run(
+            [sys.executable, "recipes/ppo_sentiment.py", "--config", str(tmp_path / "a.yaml")],
+            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert (done.returncode == 0) == (step == 1), done.stderr
+    assert "run_settings" in done.stderr and len(rows_of(tmp_path / "run")) == 1
 
 
 @pytest.mark.parametrize(
