@@ -303,8 +303,7 @@ class PPOConfig:
             ),
             (
                 self.kl_placement == "both" and self.kl_estimator == "k1",
-                "kl_placement='both' adds only noise to kl_estimator='k1', whose gradient in a loss is 0 on average: set "
-                "kl_placement='reward'.",
+                "kl_placement='both' adds only noise to kl_estimator='k1': set kl_placement='reward'.",
             ),
             (
                 self.objective == "policy_gradient" and not whole,

@@ -102,6 +102,12 @@ def rollout_metrics(scored: ScoredRollout, names: list[str], *, kl_coef: float) 
     return scored.metrics | metrics
 
 
+def completion_columns(scored: ScoredRollout, names: list[str]) -> dict[str, list]:
+    """What is shown beside each completion: every reward function's score, the KL, and the functions' own columns."""
+    scores = {name: scored.per_function[:, i].tolist() for i, name in enumerate(names)}
+    return scores | {"kl": scored.rollout.kl_to_ref.sum(dim=1).tolist(), **scored.extras}
+
+
 def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
     """How good the critic was when the batch was sampled, and what it will be taught.
 

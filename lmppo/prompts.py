@@ -322,7 +322,7 @@ def cut_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int) -> Any:
         return {"prompt": [row if len(row) == prompt_tokens else None for row in ids]}
 
     dataset = dataset.map(cut, batched=True, with_indices=True, input_columns="text", remove_columns="text")
-    long_enough = [row for row, prompt in enumerate(dataset["prompt"]) if prompt is not None]
+    long_enough = [row for row, prompt in enumerate(dataset["prompt"][:]) if prompt is not None]
     if not long_enough:
         raise ValueError(f"No text of the data set has prompt_tokens={prompt_tokens} tokens: lower it.")
     dataset = dataset.select(long_enough)

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from lmppo.classifier_reward import ClassifierReward
 from lmppo.config import RewardStream
+from lmppo.prompts import REWARD_ARGUMENTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LARGEST = torch.finfo(torch.float32).max
+LARGEST = 1e15  # of rewards and their weighted sums: the critic's loss squares them, in float32
 RIGHT_FORM = (
     "Return a list with one number per completion (None where the function does not apply), or, for a reward on every "
     "token, a list of lists with one number per completion token"
@@ -183,21 +184,21 @@ class RewardSet:
             prompts: ``B`` prompts, text or chat messages.
             completions: ``B`` completions, of the same kind.
             completion_ids: ``B`` lists of the sampled tokens that count.
-            columns: The other data columns, ``B`` values each.
+            columns: The other data columns, ``B`` values each; one with the name of another argument is left out.
             trainer_state: Passed on; its ``global_step`` is named in errors.
             width: Positions ``T`` of the result, at least the longest completion.
 
         Raises:
             RewardError: A function raised an exception.
             TypeError: A function returned something that is no number.
-            ValueError: A function returned the wrong count or shape, NaN, infinity or a number beyond float32, or no
-                function applies to a row.
+            ValueError: A function returned the wrong count or shape, NaN, infinity or a number beyond ``LARGEST``, or
+                no function applies to a row.
         """
         lengths = [len(ids) for ids in completion_ids]
         if not all(0 < n <= width for n in lengths):
             raise ValueError(f"completions of {min(lengths)} to {max(lengths)} tokens do not fit 1 to width={width}.")
         log = _Log(len(completions))
-        batch = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+        batch = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
         with _own_randomness(_global_step(trainer_state)):
             returned = self._call_all(batch, trainer_state, log)
 
@@ -217,13 +218,12 @@ class RewardSet:
 
     def _call_all(self, batch: dict[str, list], trainer_state: Any, log: "_Log") -> list[Any]:
         """What each function returned: first the plain ones, one after the other, then the async ones together."""
+        reports = {"trainer_state": trainer_state, "log_extra": log.extra, "log_metric": log.metric}
         returned = []
         for name, function in zip(self.names, self._functions, strict=True):
             arguments = {key: _copied(value) for key, value in batch.items()}
             try:
-                returned.append(
-                    function(**arguments, trainer_state=trainer_state, log_extra=log.extra, log_metric=log.metric)
-                )
+                returned.append(function(**arguments | reports))
             except Exception as error:
                 raise _reward_error(name, trainer_state, error) from error
         waiting = {i: value for i, value in enumerate(returned) if inspect.isawaitable(value)}
@@ -252,7 +252,7 @@ def _as_function(given: Any, tokenizer: Any, device: torch.device | str | None) 
         parameters = inspect.signature(given).parameters
     except ValueError:  # a builtin without a signature
         return given
-    protocol = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+    protocol = set(REWARD_ARGUMENTS)
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not protocol <= set(parameters):
         raise TypeError(
             f"reward function {_name(given)!r} does not accept {', '.join(sorted(protocol - set(parameters)))}: "
@@ -373,8 +373,10 @@ def _checked_number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{where}: {value!r} is a {type(value).__name__}, not a number. {RIGHT_FORM}.")
     number: Any = value
-    if not abs(number) <= LARGEST:  # true of NaN as well
-        raise ValueError(f"{where}: the reward {value!r} is NaN, infinite or beyond float32. Rewards must be finite.")
+    if not abs(number) < math.inf:  # true of NaN as well
+        raise ValueError(f"{where}: the reward {value!r} is NaN or infinite. Rewards must be finite.")
+    if abs(number) > LARGEST:
+        raise ValueError(f"{where}: the reward {value!r} is beyond {LARGEST:.0e}: scale the rewards down.")
     return float(number)
 
 
@@ -385,9 +387,11 @@ def _check_totals(tokens: Tensor, totals: Tensor, completions: list) -> None:
             f"every reward function returned None for row {unscored[0]} (completion "
             f"{_excerpt(completions[unscored[0]])}): at least one must score each completion."
         )
-    overflown = (~tokens.float().isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    if overflown:
-        raise ValueError(f"the weighted sum of rewards of row {overflown[0]} overflows float32: lower reward_weights.")
+    beyond = (tokens.abs() > LARGEST).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    if beyond:
+        raise ValueError(
+            f"the weighted sum of rewards of row {beyond[0]} is beyond {LARGEST:.0e}: lower reward_weights."
+        )
 
 
 def _excerpt(completion: Any) -> str:

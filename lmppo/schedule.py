@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from lmppo.config import PPOConfig
 
@@ -25,6 +26,15 @@ def learning_rate_at(iteration: int, base: float, config: PPOConfig) -> float:
     if config.lr_scheduler_type == "cosine":
         return base * 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
     return base
+
+
+def set_learning_rates(optimizer: Any, iteration: int, config: PPOConfig) -> tuple[float, float]:
+    """Give the optimizer's two groups, policy and critic, their rates of this iteration; returns them."""
+    bases = (config.learning_rate, config.critic_learning_rate or config.learning_rate)
+    rates = tuple(learning_rate_at(iteration, base, config) for base in bases)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    return rates[0], rates[1]
 
 
 @dataclass

@@ -30,7 +30,7 @@ from lmppo.estimators import estimate, shape_rewards
 from lmppo.experience import Experience
 from lmppo.functional import approx_kl
 from lmppo.kl_control import AdaptiveBeta
-from lmppo.metrics import MetricsFile, critic_metrics, rollout_metrics
+from lmppo.metrics import MetricsFile, completion_columns, critic_metrics, rollout_metrics
 from lmppo.models import ActorCritic, Reference, load_policy
 from lmppo.objectives import Penalties
 from lmppo.prompts import PromptStream
@@ -39,7 +39,7 @@ from lmppo.rollout import ScoredRollout, check_kl_zero, collect_rollout
 from lmppo.run_dir import changed_settings, discard_unsaved, find_resume_point, write_run_config
 from lmppo.sampling import EVALUATION, ROLLOUT
 from lmppo.saved_rollouts import save_rollouts
-from lmppo.schedule import CriticWarmup, learning_rate_at
+from lmppo.schedule import CriticWarmup, set_learning_rates
 from lmppo.tables import print_completions
 from lmppo.update import STEP_ZERO_TOLERANCE, logprobs_now, ppo_update
 
@@ -63,8 +63,7 @@ class PPOTrainer:
         ref_model: The reference, if it is not the policy as it is now.
         critic: None: a value head on the policy's trunk. Otherwise a token-classification model, or a model's name.
         callbacks: transformers callbacks, or their classes.
-        run_settings: What else decides the outcome, such as the data set's name: kept in ``run_config.yaml``, and a run is
-            not continued with other values.
+        run_settings: What else decides the outcome; kept in ``run_config.yaml``, and a run is not continued with another.
         reward_streams: In place of ``reward_funcs``: several kinds of reward, each with its own discount and its own
             output of the critic (:class:`lmppo.RewardStream`, or its fields as a dict).
 
@@ -115,8 +114,10 @@ class PPOTrainer:
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
         self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
-        self.eval_prompts = None if eval_dataset is None else PromptStream(eval_dataset, encoder, shuffle=False)
-        if self.args.eval_steps is not None and self.eval_prompts is None:
+        self.eval_prompts = None
+        if eval_dataset is not None:
+            self.eval_prompts = PromptStream(eval_dataset, encoder, shuffle=False, name="eval_dataset")
+        elif self.args.eval_steps is not None:
             raise ValueError(f"eval_steps={self.args.eval_steps} needs an eval_dataset.")
 
         optimizer: Any = make_optimizer(actor_critic, self.args)
@@ -150,8 +151,8 @@ class PPOTrainer:
         Raises:
             CheckpointError: The run directory cannot be used, or the checkpoint cannot be resumed.
         """
-        resume = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        first = self._open_run(resume)
+        asked = resume_from_checkpoint
+        first = self._open_run(self.args.resume_from_checkpoint if asked is None else asked)
         final = Path(self.args.output_dir) / "final"
         if first >= self.args.max_steps and final.exists():
             self.accelerator.print(f"Nothing to do: the run in {self.args.output_dir} is at step {first} already.")
@@ -191,7 +192,7 @@ class PPOTrainer:
     def step(self, iteration: int, *, check_step_zero: bool = False) -> dict[str, float]:
         """One PPO iteration: rollout, rewards, advantages, update; returns the row of metrics it logged."""
         args, started = self.args, time.perf_counter()
-        lr, critic_lr = self._set_learning_rates(iteration)
+        lr, critic_lr = set_learning_rates(self.optimizer, iteration, args)
         prompts = self.prompts.next_batch(args.rollout_batch_size // args.num_generations, args.num_generations)
         scored = self.rollout(prompts, iteration)
         sampled = time.perf_counter()
@@ -295,10 +296,8 @@ class PPOTrainer:
                 "settings": self._settings(),
                 "environment": describe_environment(self.accelerator),
             }
-            target = ckpt.checkpoint_dir(self.args.output_dir, self.state.global_step)
-            ckpt.save_checkpoint(
-                target, self.actor_critic, self.optimizer.optimizer, state, self.processing_class, keep
-            )
+            path = ckpt.checkpoint_dir(self.args.output_dir, self.state.global_step)
+            ckpt.save_checkpoint(path, self.actor_critic, self.optimizer.optimizer, state, self.processing_class, keep)
             if self.args.save_total_limit is not None:
                 ckpt.prune_checkpoints(self.args.output_dir, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
@@ -373,20 +372,11 @@ class PPOTrainer:
                 self._show_completions(step, scored)
 
     def _show_completions(self, step: int, scored: ScoredRollout) -> None:
-        scores = {n: scored.per_function[:, i].tolist() for i, n in enumerate(self.rewards.names)}
-        columns = scores | {"kl": scored.rollout.kl_to_ref.sum(dim=1).tolist(), **scored.extras}
-        rows = self.args.log_completions
+        columns, rows = completion_columns(scored, self.rewards.names), self.args.log_completions
         print_completions(f"Step {step}", scored.prompts, scored.completions, columns, rows=rows)
         for i, text in enumerate(scored.completions[:rows]):
             row = {"step": step, "prompt": scored.prompts[i], "completion": text}
             self.completions_file.append(row | {name: column[i] for name, column in columns.items()})
-
-    def _set_learning_rates(self, iteration: int) -> tuple[float, float]:
-        bases = (self.args.learning_rate, self.args.critic_learning_rate or self.args.learning_rate)
-        rates = tuple(learning_rate_at(iteration, base, self.args) for base in bases)
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        return rates[0], rates[1]
 
     @property
     def _tolerance(self) -> float:

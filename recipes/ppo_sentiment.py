@@ -74,27 +74,13 @@ def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
     return {"reward_streams": streams, "reward_funcs": recipe.reward_funcs}
 
 
-def show_change(before: Any, after: Any, metrics: tuple[dict, dict], rows: int) -> None:
-    """Print held-out completions and metrics before and after, side by side."""
-    from lmppo.tables import print_completions, print_metrics
-
-    score = [f"{a:.2f} -> {b:.2f}" for a, b in zip(scores_of(before), scores_of(after), strict=True)]
-    columns = {"after": after.completions, "score": score}
-    print_completions("Held-out prompts, before and after", before.prompts, before.completions, columns, rows=rows)
-    print_metrics("Held-out prompts: means", {"before": metrics[0], "after": metrics[1]})
-
-
-def scores_of(scored: Any) -> list[float]:
-    """Each completion's score."""
-    return scored.rollout.scores.sum(dim=(1, 2)).tolist()
-
-
 def main() -> None:
     """Train, show what changed on held-out prompts, and draw the curves."""
     started = time.perf_counter()
     parser = TrlParser((RecipeArguments, PPOConfig), epilog="--config FILE reads any of these from YAML; flags win.")
     recipe, args = parser.parse_args_and_config()
 
+    from before_and_after import show_change
     from prompt_data import load_prompts
     from transformers.utils.logging import disable_progress_bar
 
