@@ -1,12 +1,13 @@
 """Prompts: every form of data set, each row once per epoch, resumable anywhere, and errors that name the row."""
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from builders import PROMPTS
 from fakes import END_OF_TEXT, LETTERS, letter_tokenizer
 
-from lmppo.prompts import PromptEncoder, PromptStream, cut_prompts, make_batch, pad_left
+from lmppo.prompts import REWARD_ARGUMENTS, PromptEncoder, PromptStream, cut_prompts, make_batch, pad_left
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}k{% endif %}"
 
@@ -50,17 +51,22 @@ def test_left_padding():
 
 
 def test_text_is_tokenized_and_kept_as_text():
-    assert encoder().encode({"prompt": "abk"}, 0) == ("abk", [1, 2, 11])
+    assert encoder().encode({"prompt": "abk"}, "Row 0") == ("abk", [1, 2, 11])
 
 
 def test_token_ids_are_kept_and_shown_as_text():
-    assert encoder().encode({"prompt": [1, 2, 11]}, 0) == ("abk", [1, 2, 11])
-    assert encoder().encode({"prompt": [0, 1]}, 0)[1] == [0, 1], "the end-of-text token is an id like any other"
+    assert encoder().encode({"prompt": [1, 2, 11]}, "Row 0") == ("abk", [1, 2, 11])
+    assert encoder().encode({"prompt": [0, 1]}, "Row 0")[1] == [0, 1], "the end-of-text token is an id like any other"
+
+
+def test_token_ids_may_be_numpys():
+    prompt, ids = encoder().encode({"prompt": [np.int64(1), np.int32(2)]}, "Row 0")
+    assert (prompt, ids) == ("ab", [1, 2]) and all(type(token) is int for token in ids)
 
 
 def test_messages_go_through_the_chat_template_and_stay_messages():
     messages = [{"role": "system", "content": "ab"}, {"role": "user", "content": "c"}]
-    prompt, ids = encoder(letter_tokenizer(chat_template=CHAT_TEMPLATE)).encode({"prompt": messages}, 0)
+    prompt, ids = encoder(letter_tokenizer(chat_template=CHAT_TEMPLATE)).encode({"prompt": messages}, "Row 0")
     assert prompt == messages
     assert ids == [1, 2, 3, 11], "with the generation prompt"
 
@@ -92,26 +98,44 @@ def test_bare_prompts_have_no_columns():
     "bad, complaint",
     [
         ({"text": "a", "id": 3}, r"no `prompt` \(found: text, id\).*cut_prompts"),
-        ({"prompt": None}, r"no `prompt`"),
+        ({"prompt": None}, r"`prompt` is null.*Remove the row"),
         ({"prompt": ""}, r"no tokens.*Remove the row"),
         ({"prompt": []}, r"no tokens"),
         ({"prompt": "abcdefghi"}, r"9 tokens and max_completion_length=8 exceed the model's context of 16.*Shorten"),
         ({"prompt": [1, 12]}, r"token id 12 is outside the model's vocabulary of 12"),
         ({"prompt": [1, -1]}, r"token id -1 is outside the model's vocabulary of 12"),
         ({"prompt": 5}, r"the prompt is a int; expected text, a list of messages"),
-        ({"prompt": ["a", "b"]}, r"the prompt is a list; expected text"),
+        ({"prompt": ["a", "b"]}, r"the prompt is a list holding str; expected text"),
+        ({"prompt": [True, False]}, r"the prompt is a list holding bool; expected text"),
+        ({"prompt": [1, np.True_, None]}, r"the prompt is a list holding NoneType, bool; expected text"),
+        *(
+            ({"prompt": "a", name: "x"}, rf"has a column `{name}`.*Rename the column .*'my_{name}'")
+            for name in REWARD_ARGUMENTS
+        ),
         ({"prompt": [{"role": "user", "content": "a"}]}, r"chat messages, but the tokenizer has no chat template"),
     ],
     ids=lambda value: str(value)[:40],
 )
 def test_an_unusable_row_is_named_before_anything_is_sampled(bad, complaint):
     good = rows_of("a", "b")
-    with pytest.raises(ValueError, match=rf"(?s)Row 2.*{complaint}"):
+    with pytest.raises(ValueError, match=rf"(?s)^Row 2 of train_dataset\b.*{complaint}"):
         stream([*good, bad])
-    streaming = stream(Restartable([*good, bad]))
+    streaming = stream(Restartable([*good, bad]), name="eval_dataset")
     streaming.next_batch(2)
-    with pytest.raises(ValueError, match=rf"(?s)Row 2.*{complaint}"):
+    with pytest.raises(ValueError, match=rf"(?s)^Row 2 of eval_dataset\b.*{complaint}"):
         streaming.next_batch(1)
+
+
+def test_a_misnamed_prompt_column_is_told_to_be_named_prompt():
+    with pytest.raises(ValueError, match=r"no `prompt` \(found: prompts\).*Name the column `prompt`"):
+        stream([{"prompts": "a"}])
+
+
+def test_rows_of_a_part_have_the_numbers_that_it_says():
+    part = datasets.Dataset.from_list(rows_of("a", ""))
+    part.row_numbers = [5, 17]
+    with pytest.raises(ValueError, match=r"^Row 17 of the original data \(row 1 of eval_dataset\): .*no tokens"):
+        stream(part, name="eval_dataset")
 
 
 def test_a_prompt_that_just_fits_the_context_is_accepted():
@@ -139,16 +163,17 @@ def test_each_row_comes_once_per_epoch_whatever_the_sizes(size, batch, kind):
 
 @pytest.mark.parametrize("empty", [[], datasets.Dataset.from_list([])])
 def test_an_empty_data_set_is_refused(empty):
-    with pytest.raises(ValueError, match="data set is empty"):
-        stream(empty)
+    for name in ("train_dataset", "eval_dataset"):
+        with pytest.raises(ValueError, match=f"{name}: the data set is empty"):
+            stream(empty, name=name)
 
 
 @pytest.mark.parametrize(
     "rows", [Restartable([]), datasets.Dataset.from_list(letters(3)).to_iterable_dataset().skip(3)]
 )
 def test_an_empty_stream_is_refused_when_it_is_read(rows):
-    with pytest.raises(ValueError, match="no row after row 0: it is empty"):
-        stream(rows).next_batch(1)
+    with pytest.raises(ValueError, match="eval_dataset: .* no row after row 0: it is empty"):
+        stream(rows, name="eval_dataset").next_batch(1)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +183,16 @@ def test_an_empty_stream_is_refused_when_it_is_read(rows):
 )
 def test_what_is_no_data_set_is_refused(nonsense):
     """A generator could be read once only: its second epoch and its resumed run would be empty."""
-    with pytest.raises(ValueError, match=rf"The data set is a {type(nonsense).__name__}; expected a Dataset"):
-        stream(nonsense)
+    complaint = rf"eval_dataset: the data set is a {type(nonsense).__name__}; expected a Dataset"
+    with pytest.raises(ValueError, match=complaint):
+        stream(nonsense, name="eval_dataset")
+
+
+def test_a_data_frame_is_told_to_become_a_data_set():
+    frame = datasets.Dataset.from_list(letters(3)).to_pandas()
+    with pytest.raises(ValueError, match=r"the data set is a DataFrame.*Dataset\.from_pandas"):
+        stream(frame)
+    assert draw(stream(datasets.Dataset.from_pandas(frame), shuffle=False), 3) == list("abc")
 
 
 # --- order and resuming ----------------------------------------------------------------------------------------------
@@ -214,6 +247,7 @@ def test_prompts_are_cut_from_texts():
     data = datasets.Dataset.from_list([{"text": t, "label": i} for i, t in enumerate(["abcdef", "ab", "kjihg"])])
     cut = cut_prompts(data, letter_tokenizer(), 4)
     assert cut.to_list() == [{"label": 0, "prompt": [1, 2, 3, 4]}, {"label": 2, "prompt": [11, 10, 9, 8]}]
+    assert cut.row_numbers == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +257,14 @@ def test_prompts_are_cut_from_texts():
 def test_texts_that_cannot_be_cut(column, n_tokens, complaint):
     with pytest.raises(ValueError, match=complaint):
         cut_prompts(datasets.Dataset.from_list([{column: "abc"}]), letter_tokenizer(), n_tokens)
+
+
+@pytest.mark.parametrize(
+    "texts, complaint", [(["abc", None], "Row 1: `text` is null"), ([1, 2], "Row 0: `text` is a int; expected text")]
+)
+def test_a_row_that_is_not_text_is_named(texts, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        cut_prompts(datasets.Dataset.from_dict({"text": texts}), letter_tokenizer(), 2)
 
 
 def test_the_test_tokenizer_is_what_these_tests_take_it_for():

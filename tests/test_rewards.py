@@ -26,6 +26,7 @@ from transformers import (
 )
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
+from lmppo.prompts import REWARD_ARGUMENTS
 from lmppo.rewards import ClassifierReward, RewardError, RewardSet, Scores
 
 STATE = SimpleNamespace(global_step=7)
@@ -87,6 +88,16 @@ def test_what_a_function_is_given():
     )
     assert seen["trainer_state"] is STATE and seen["kwargs"] == {"other": ["x", "y"]}
     assert scores.extras == {"doubled": [2, 4]} and scores.metrics == {"answers": 1.5}
+
+
+@pytest.mark.parametrize("name", REWARD_ARGUMENTS)
+def test_a_column_never_wins_over_what_was_sampled(name):
+    def seen(columns):
+        given = {}
+        score(lambda **kwargs: given.update(kwargs) or [0.0, 0.0], columns=columns)
+        return {key: value for key, value in given.items() if not key.startswith("log_")} | {"names": set(given)}
+
+    assert seen({name: ["x", "y"]}) == seen({})
 
 
 class CallableReward:
@@ -252,9 +263,12 @@ def test_forms_of_numbers_that_are_accepted(value):
         ([-math.inf, 1.0], ValueError, "row 0 .*-inf"),
         ([1.0, [0.0, math.nan]], ValueError, "row 1 .*nan"),
         (np.array([1.0, np.nan]), ValueError, "row 1 .*nan"),
-        ([1e39, 1.0], ValueError, "row 0 .*beyond float32"),
-        ([10**400, 1.0], ValueError, "row 0 .*beyond float32"),
-        ([[3e38, 3e38, 0.0], 1.0], ValueError, "row 0 .*total.*beyond float32"),
+        ([1.0, 1.1e15], ValueError, r"row 1 .*reward 1100000000000000.0 is beyond 1e\+15: scale the rewards down"),
+        ([1.0, -1e20], ValueError, r"row 1 .*beyond 1e\+15"),
+        (np.array([1.0, 1e38], dtype=np.float32), ValueError, r"row 1 .*beyond 1e\+15"),
+        ([1e39, 1.0], ValueError, r"row 0 .*beyond 1e\+15"),
+        ([10**400, 1.0], ValueError, r"row 0 .*beyond 1e\+15"),
+        ([[6e14, 6e14, 0.0], 1.0], ValueError, r"row 0 .*total.*beyond 1e\+15"),
     ],
 )
 def test_returns_that_are_refused(value, error, message):
@@ -277,13 +291,14 @@ def test_an_async_return_is_checked_too():
 
 
 def test_large_finite_rewards_and_equal_rewards_pass():
-    assert score(returning([1e38, -1e38])).per_function.isfinite().all()
+    assert score(returning([1e15, -1e15])).per_function.flatten().tolist() == pytest.approx([1e15, -1e15])
     assert score(returning([3.0, 3.0])).token_scores.sum(dim=(1, 2)).tolist() == [3.0, 3.0]
 
 
-def test_a_weighted_sum_beyond_float32_is_refused():
-    with pytest.raises(ValueError, match="row 1 overflows float32: lower reward_weights"):
-        score(returning([1.0, 1e38]), reward_weights=[10.0])
+@pytest.mark.parametrize("weight", [10.0, -10.0, 1e300])
+def test_a_weighted_sum_beyond_the_bound_is_refused(weight):
+    with pytest.raises(ValueError, match=r"row 1 is beyond 1e\+15: lower reward_weights"):
+        score(returning([0.0, 1e15]), reward_weights=[weight])
 
 
 def test_a_row_that_no_function_scores_is_named():
