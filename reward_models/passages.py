@@ -1,6 +1,8 @@
 """Passages: pieces of reviews of the length a reward scores, in the spellings it meets."""
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 from random import Random
 from typing import TYPE_CHECKING
 from zlib import crc32
@@ -10,6 +12,7 @@ from reward_models.reviews import load_reviews
 if TYPE_CHECKING:
     from datasets import Dataset
 
+WORD = re.compile(r"[a-z][a-z'-]+")
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+")
 
 
@@ -42,6 +45,33 @@ def plain_spelling(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"(\.{3}|[.,!?;:()\"]|--)", r" \1 ", text.lower())).strip()
 
 
+def remix_sentences(sentences: list[str], rng: Random) -> str:
+    """A text no one wrote: the start of one sentence and the end of another, a piece of one, or one that lost words."""
+    words = rng.choice(sentences).split()
+    match rng.randrange(3):
+        case 0:
+            other = rng.choice(sentences).split()
+            words = words[: rng.randint(1, len(words))] + other[rng.randrange(len(other)) :]
+        case 1:
+            n_kept = rng.randint(min(3, len(words)), len(words))
+            start = rng.randint(0, len(words) - n_kept)
+            words = words[start : start + n_kept]
+        case 2:
+            words = [word for word in words if rng.random() > 0.15] or words
+    return " ".join(words)
+
+
+def repeated_words(texts: Iterable[str]) -> list[str]:
+    """The words, in lower case, that stand in two texts or more, in alphabetical order."""
+    counts = Counter(word for text in texts for word in set(WORD.findall(text.lower())))
+    return sorted(word for word, n in counts.items() if n > 1)
+
+
+def swap_words(text: str, words: list[str], share: float, rng: Random) -> str:
+    """The text with a share of its words replaced by others, each as likely, however rare it is."""
+    return " ".join(rng.choice(words) if rng.random() < share else word for word in text.split())
+
+
 def labeled_passages(split: str, source: str, *, seed: int, min_words: int = 10, max_words: int = 45) -> "Dataset":
     """All passages of one split's reviews, shuffled, each with its review's label.
 
@@ -62,7 +92,7 @@ def labeled_passages(split: str, source: str, *, seed: int, min_words: int = 10,
     reviews = load_reviews(split, source)
     rows = []
     for text, label in zip(reviews["text"], reviews["label"], strict=True):
-        held_out = crc32(text.encode()) % 10 == 0
         pieces = cut_passages(text, rng, min_words=min_words, max_words=max_words) if source == "imdb" else [text]
+        held_out = crc32(text.encode()) % 10 == 0
         rows += [{"text": piece, "label": label, "held_out": held_out, "source": source} for piece in pieces]
     return Dataset.from_list(rows).shuffle(seed=seed)

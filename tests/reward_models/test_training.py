@@ -1,19 +1,29 @@
 """The training scripts, run for a few steps on tiny random models: what they save is a reward."""
 
+import dataclasses
 import json
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset
 from fakes import tiny_gpt2, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    TrainingArguments,
+)
 
 from lmppo.rewards import ClassifierReward, RewardSet
 from reward_models import load, train_classifier, train_preference
-from reward_models.bag_of_words import teacher_probabilities
 from reward_models.calibration import report
+from reward_models.teacher import MINI_LM, find_encoder, judge, make_teacher
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "configs" / "sentiment_classifier.yaml"
 WORDS = ("awful", "fine")
@@ -26,6 +36,17 @@ def trunk(tmp_path_factory):
     path = tmp_path_factory.mktemp("trunk") / "lm"
     tiny_gpt2(n_positions=128, initializer_range=0.02).save_pretrained(path)
     tiny_tokenizer(model_max_length=128).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """An encoder without a classification head, as MiniLM is."""
+    path = tmp_path_factory.mktemp("teacher") / "encoder"
+    torch.manual_seed(0)
+    config = DistilBertConfig(vocab_size=257, dim=16, n_layers=1, n_heads=2, hidden_dim=32)
+    DistilBertModel(config).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
     return str(path)
 
 
@@ -42,9 +63,10 @@ def few_texts(monkeypatch):
     monkeypatch.setattr(train_preference, "labeled_passages", labeled_passages)
 
 
-def test_the_classifier_that_is_saved_is_calibrated_and_reported(trunk, few_texts, tmp_path):
+def test_the_classifier_that_is_saved_is_calibrated_and_reported(trunk, encoder, few_texts, tmp_path):
     out = tmp_path / "clf"
     flags = ["--model_name_or_path", trunk, "--output_dir", str(out), "--max_steps", "3", "--warmup_steps", "1"]
+    flags += ["--rounds", "2", "--remixed_sentences", "10", "--teacher_model_name_or_path", encoder]
     train_classifier.main([*flags, "--per_device_train_batch_size", "8", *CPU])
 
     model = AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32)
@@ -53,7 +75,8 @@ def test_the_classifier_that_is_saved_is_calibrated_and_reported(trunk, few_text
     assert AutoTokenizer.from_pretrained(out).pad_token_id == model.config.pad_token_id == 0
 
     saved = json.loads((out / "classifier_report.json").read_text())
-    assert saved["train_texts"] == 64 and saved["held_out_texts"] == 16
+    assert saved["labeled_texts"] == 64 and saved["held_out_texts"] == 16
+    assert saved["judged_texts"] == 2 * (64 + 10)
     evaluated = saved["evaluation"]["IMDb passages"]
     texts = [f"{WORDS[i % 2]} imdb evaluation {i}" for i in range(40)]
     labels = torch.tensor([i % 2 for i in range(40)])
@@ -63,6 +86,9 @@ def test_the_classifier_that_is_saved_is_calibrated_and_reported(trunk, few_text
     assert evaluated["texts"] == 40
     assert evaluated["models"]["this classifier"] == pytest.approx(by_hand, abs=2e-4)
     assert evaluated["models"]["bag of words (sentences)"]["accuracy"] > 0.9  # it does see the first word
+    teacher = ClassifierReward(out / "teacher", output="log_odds")
+    taught = torch.tensor(teacher(prompts=[""] * 40, completions=texts))
+    assert evaluated["models"]["its teacher"] == pytest.approx(report(taught, labels), abs=2e-4)
 
     card = (out / "README.md").read_text()
     assert f"T = {saved['temperature']}" in card and "{" not in card
@@ -72,9 +98,10 @@ def test_the_classifier_that_is_saved_is_calibrated_and_reported(trunk, few_text
     )
 
 
-def test_the_temperature_is_that_of_the_held_out_texts(trunk, few_texts, tmp_path, monkeypatch):
+def test_the_temperature_is_that_of_the_held_out_texts(trunk, encoder, few_texts, tmp_path, monkeypatch):
     monkeypatch.setattr(train_classifier, "fit_temperature", lambda log_odds, labels: 4.0)
-    args = ["--model_name_or_path", trunk, "--max_steps", "1", *CPU, "--output_dir"]
+    args = ["--model_name_or_path", trunk, "--teacher_model_name_or_path", encoder, "--max_steps", "1"]
+    args += ["--rounds", "1", "--remixed_sentences", "10", *CPU, "--output_dir"]
     train_classifier.main([*args, str(tmp_path / "four")])
     monkeypatch.setattr(train_classifier, "fit_temperature", lambda log_odds, labels: 1.0)
     train_classifier.main([*args, str(tmp_path / "one")])
@@ -86,61 +113,146 @@ def test_the_temperature_is_that_of_the_held_out_texts(trunk, few_texts, tmp_pat
     assert z["before temperature"]["nll"] != z["this classifier"]["nll"]
 
 
-def test_dropout_is_on_in_training_and_not_in_what_is_saved(trunk):
-    model = train_classifier.load_trunk(trunk, dropout=0.25)
-    drops = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)]
-    assert drops and set(drops) == {0.25}
-    assert (model.config.resid_pdrop, model.config.attn_pdrop) == (0.1, 0.1)  # the trunk's own, as it came
+class Measuring:
+    """A teacher for whom a text is as positive as it is long."""
+
+    def __init__(self):
+        self.model = torch.nn.Linear(1, 1)
+        self.judged = []
+
+    def __call__(self, prompts, completions):
+        assert prompts == [""] * len(completions)
+        self.judged += completions
+        return [len(text) / 10 - 2 for text in completions]
 
 
-def test_no_held_out_text_is_trained_on(few_texts):
+def read_texts(**arguments):
+    """The texts that the classifier reads, and the teacher that has judged them."""
+    teacher, args = Measuring(), TrainingArguments(output_dir="unused", use_cpu=True, report_to="none")
+    arguments = train_classifier.ClassifierArguments(**arguments)
+    rows = train_classifier.training_rows(teacher, arguments, tiny_tokenizer(), args)
+    assert set(rows.column_names) == {"input_ids", "length", "labels"}
+    assert rows["length"][:] == [len(ids) for ids in rows["input_ids"]]
+    return tiny_tokenizer().batch_decode(list(rows["input_ids"])), teacher
+
+
+def test_no_held_out_text_is_read_or_judged(few_texts):
     texts = train_classifier.classifier_texts(train_classifier.ClassifierArguments(), seed=0)
-    arguments = train_classifier.ClassifierArguments(sentence_repeats=3)
-    rows = train_classifier.training_rows(texts, arguments, tiny_tokenizer())
-    assert len(rows) == 32 + 3 * 32
-    trained = set(tiny_tokenizer().batch_decode(list(rows["input_ids"])))
-    assert not trained & set(texts.filter(lambda held_out: held_out, input_columns="held_out")["text"])
-    assert set(rows.column_names) == {"input_ids", "labels"}
+    held_out = set(texts.filter(lambda held_out: held_out, input_columns="held_out")["text"])
+    read, teacher = read_texts(rounds=3, remixed_sentences=20, swapped_share=0.0)
+    assert len(read) == 3 * (64 + 20) and len(held_out) == 16
+    assert not (set(read) | set(teacher.judged)) & held_out
+    assert set(read) <= set(teacher.judged)
 
 
-def test_the_teacher_has_not_seen_the_text_it_judges():
-    """A word that stands in one text only, and decides its label, tells a model without that text nothing."""
-    texts = [f"{WORDS[i % 2]} film number{i}" for i in range(200)]
-    labels = [i % 2 for i in range(200)]
-    labels[0] = 1 - labels[0]  # a wrong label
-    judged = teacher_probabilities(texts, labels, [1.0] * 200)
-    assert ((judged > 0.5) == torch.tensor([i % 2 == 1 for i in range(200)])).all(), "by the word, not by the label"
-    assert judged[0] < 0.2
+def test_every_second_text_has_words_of_others(few_texts):
+    """The words are those of the texts that are not held out, so that nothing held out is trained on."""
+    texts, _ = read_texts(rounds=1, remixed_sentences=0, swapped_share=1.0)
+    whole = [text for text in texts if text.split()[-1].isdigit()]
+    assert 0.4 < len(whole) / len(texts) < 0.98, "half of the texts lose nothing, and a few the other words"
+    known = {"awful", "fine", "imdb", "rotten_tomatoes", "classifier", "rotten", "tomatoes"}
+    assert all(set(text.split()) <= known for text in texts if text not in whole)
+    swapped = [text for text in texts if text.split()[0] not in WORDS]
+    assert len(swapped) > 4
 
 
-def test_weights_decide_whom_the_teacher_believes():
-    texts = [f"{word} {i}" for i in range(100) for word in ("fine", "fine")]
-    labels = [0, 1] * 100
-    low = teacher_probabilities(texts, labels, [3.0, 1.0] * 100)
-    high = teacher_probabilities(texts, labels, [1.0, 3.0] * 100)
-    assert (low < high).all()
+def test_targets_are_the_teachers_probabilities_of_prefixes():
+    """At the last token of each judged beginning stands what the teacher said of exactly that text."""
+    tokenizer = tiny_tokenizer()
+    texts = ["one two three four five six", "seven", "eight nine, ten"]
+    rows = train_classifier.judged_texts(texts, Measuring(), tokenizer, 3, Random(0))
+    assert rows["length"][:] == [len(tokenizer(text)["input_ids"]) for text in texts]
+    n_words = []
+    for text, ids, labels in zip(texts, rows["input_ids"], rows["labels"], strict=True):
+        assert tokenizer.decode(ids) == text
+        judged = [i for i, label in enumerate(labels) if label == label]
+        assert judged[-1] == len(ids) - 1
+        n_words.append(len(judged))
+        for i in judged:
+            prefix = tokenizer.decode(ids[: i + 1])
+            assert text[len(prefix) : len(prefix) + 1] in ("", " ")
+            assert labels[i] == pytest.approx(torch.tensor(len(prefix) / 10 - 2).sigmoid().item(), abs=1e-6)
+    assert n_words == [4, 1, 3]
 
 
-def test_targets_are_between_label_and_teacher(few_texts, monkeypatch):
-    texts = train_classifier.classifier_texts(train_classifier.ClassifierArguments(), seed=0)
-    monkeypatch.setattr(train_classifier, "teacher_probabilities", lambda t, labels, w: torch.full((len(t),), 0.6))
-    for share, expected in ((0.0, {0.0, 1.0}), (0.5, {0.3, 0.8}), (1.0, {0.6})):
-        arguments = train_classifier.ClassifierArguments(teacher_share=share)
-        rows = train_classifier.training_rows(texts, arguments, tiny_tokenizer())
-        targets = torch.tensor(rows["labels"])
-        assert {round(t, 4) for t in targets[:, 1].tolist()} == expected
-        torch.testing.assert_close(targets.sum(dim=1), torch.ones(len(targets)))
+def test_a_word_longer_than_the_context_is_judged_as_far_as_it_is_read():
+    tokenizer = tiny_tokenizer(model_max_length=4)
+    rows = train_classifier.judged_texts(["a" * 500], Measuring(), tokenizer, 3, Random(0))
+    read = len(tokenizer.decode(rows["input_ids"][0]))
+    labels = torch.tensor(rows["labels"][0])
+    assert len(labels) == 4 and labels[:3].isnan().all()
+    assert labels[3].item() == pytest.approx(torch.tensor(read / 10 - 2).sigmoid().item(), abs=1e-6)
 
 
-def test_hidden_tokens_are_the_share_that_was_asked_for_and_padding_is_left_alone():
-    collate = train_classifier.HidingCollator(tiny_tokenizer(), share=0.25)
-    features = [{"input_ids": [5] * n, "labels": [0.5, 0.5]} for n in (4000, 2000)]
-    torch.manual_seed(0)
+def test_prefix_scores_are_those_of_the_texts_so_far(trunk):
+    """What the training sees after a token is what the reward will be of the text that ends there."""
+    tokenizer = tiny_tokenizer()
+    classifier = train_classifier.load_trunk(trunk).eval()
+    classifier.config.pad_token_id = 0
+    ids = [tokenizer(text)["input_ids"] for text in ("fine film that lasts", "awful")]
+    collate = train_classifier.PrefixCollator(tokenizer)
+    features = [{"input_ids": row, "labels": [float("nan")] * (len(row) - 1) + [0.25]} for row in ids]
     batch = collate(features)
-    counted = batch["attention_mask"].bool()
-    assert counted.sum(dim=1).tolist() == [4000, 2000]
-    assert (batch["input_ids"][counted] == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert set(batch["input_ids"][counted].tolist()) == {0, 5}
+    out = train_classifier.PrefixScores(classifier)(**batch)
+    by_prefix = [
+        [classifier(torch.tensor([row[: i + 1]])).logits[0] @ torch.tensor([-1.0, 1.0]) for i in range(len(row))]
+        for row in ids
+    ]
+    for got, expected in zip(out["log_odds"], by_prefix, strict=True):
+        torch.testing.assert_close(got[: len(expected)], torch.stack(expected), atol=1e-5, rtol=1e-5)
+    last = torch.stack([row[-1] for row in by_prefix])
+    nll = -(0.25 * last.sigmoid().log() + 0.75 * (-last).sigmoid().log())
+    torch.testing.assert_close(out["loss"], nll.mean(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_collator_pads_on_the_right_and_labels_with_nan():
+    features = [{"input_ids": [5, 6, 7], "labels": [0.1, float("nan"), 0.3]}, {"input_ids": [8], "labels": [0.4]}]
+    batch = train_classifier.PrefixCollator(tiny_tokenizer(padding_side="right"))(features)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    expected = torch.tensor([[0.1, float("nan"), 0.3], [0.4, float("nan"), float("nan")]])
+    torch.testing.assert_close(batch["labels"], expected, equal_nan=True)
+
+
+def test_a_trunk_that_is_not_causal_is_refused(tmp_path):
+    config = DistilBertConfig(vocab_size=16, dim=8, n_layers=1, n_heads=1, hidden_dim=8)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be a causal language model"):
+        train_classifier.load_trunk(str(tmp_path))
+
+
+def teach(name, tmp_path, few_texts, *, repeats=1, max_steps=-1):
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=max_steps)
+    args = dataclasses.replace(args, disable_tqdm=True)
+    labeled = train_classifier.classifier_texts(train_classifier.ClassifierArguments(), seed=0)
+    return make_teacher(name, labeled, args, sentence_repeats=repeats)
+
+
+def test_an_encoder_learns_the_labels_and_is_saved(encoder, few_texts, tmp_path, capsys):
+    torch.manual_seed(0)
+    teacher = teach(encoder, tmp_path, few_texts, repeats=60)
+    texts = ["awful rotten_tomatoes classifier 4", "fine rotten_tomatoes classifier 7"]
+    low, high = teacher(prompts=["", ""], completions=texts)
+    assert low < 0 < high
+    again = teach(str(tmp_path / "teacher"), tmp_path / "again", few_texts)
+    assert again(prompts=["", ""], completions=texts) == [low, high], "a classifier judges as it is"
+    assert not (tmp_path / "again").exists()
+
+
+def test_texts_are_judged_in_any_order(encoder, few_texts, tmp_path):
+    teacher = teach(encoder, tmp_path, few_texts, max_steps=1)
+    texts = ["a long text, of many words", "short", "a middling text", ""]
+    alone = [teacher(prompts=[""], completions=[text])[0] for text in texts]
+    assert judge(teacher, texts).tolist() == pytest.approx(alone, abs=1e-5)
+    assert judge(teacher, texts, bf16=True).tolist() == pytest.approx(alone, abs=2e-2)
+
+
+def test_the_encoder_is_the_packages_or_the_hubs(monkeypatch, tmp_path):
+    assert find_encoder("some/encoder") == "some/encoder"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert find_encoder(MINI_LM) == MINI_LM
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    assert find_encoder(MINI_LM) == str(tmp_path / "model")
 
 
 def test_the_recipe_and_the_defaults_say_the_same():
