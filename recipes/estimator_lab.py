@@ -19,7 +19,8 @@ from lab_estimators import bandits, curves, language_model, table
 from lab_problem import at_the_end, dense
 from lab_report import report
 from lab_reuse import reuse, streams
-from lab_training import OBJECTIVES, learn
+from lab_training import OBJECTIVES, VARIANTS, learn, optimum_kl
+from lab_truncation import truncation
 from transformers.utils.logging import disable_progress_bar
 
 
@@ -45,8 +46,10 @@ def run(effort: Effort) -> dict[str, Any]:
     sparse_problem = dataclasses.replace(problem, rewards=at_the_end(problem.rewards))
     middle = effort.sizes[1]
     objectives = {
-        name: learn(effort.steps, effort.seeds, objective=name, **settings) for name, settings in OBJECTIVES.items()
+        name: learn(effort.steps, effort.seeds, **({"objective": name} | settings))
+        for name, settings in OBJECTIVES.items()
     }
+    variants = {name: learn(effort.steps, effort.seeds, **settings) for name, settings in VARIANTS.items()}
     return {
         "effort": dataclasses.asdict(effort),
         "true_gradient_length": problem.true_gradient().norm().item(),
@@ -55,6 +58,9 @@ def run(effort: Effort) -> dict[str, Any]:
         "knobs": curves(problem, middle, effort.batches),
         "bandits": bandits(middle, effort.batches),
         "objectives": objectives,
+        "variants": {"unchanged": objectives["clip"]} | variants,
+        "optimum_kl": optimum_kl(),
+        "truncation": truncation(problem),
         "rewards": {"sparse": objectives["clip"], "dense": learn(effort.steps, effort.seeds, reward=dense)},
         "reuse": reuse(effort.passes, effort.seeds),
         "streams": streams(effort.stream_steps),

@@ -17,6 +17,7 @@ from lmppo.functional.exact import action_values, enumerate_completions, mean_gi
 KNOB = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 Weights = Callable[[Tensor], Tensor]
 GROUP = 4
+ALPHA = 1.0  # lam of a completion of 1 to 5 tokens: 0, 0.5, 0.67, 0.75, 0.8, or the floor if that is higher
 
 
 def configure(**settings: Any) -> PPOConfig:
@@ -65,6 +66,7 @@ def estimators(problem: Problem) -> dict[str, Weights]:
     for critic, values in critics.items():
         for lam in (0.0, 0.5, 0.95, 1.0):
             add(f"gae lam {lam}, {critic}", values(problem), lam=lam)
+        add(f"gae lam 0.5, adaptive, {critic}", values(problem), lam=0.5, adaptive_lam_alpha=ALPHA)
         add(f"gae lam 0.95, auto, {critic}", values(problem), baseline="auto")
     return rows
 

@@ -24,7 +24,19 @@ def report(lab: dict[str, Any]) -> str:
     samples = lab["objectives"]["clip"]["samples"][-1]
     header = ["objective", "share of the way: mean (range)", "CPU seconds per step", "of the clip's"]
     parts.append((f"Objectives after {samples} completions", header, cells))
+    cells = [[name, _last(row["share"], 3), _last(row["kl"], 2)] for name, row in lab["variants"].items()]
+    header = ["PPO with", "share of the way: mean (range)", "KL to the reference"]
+    optimum = f"the optimum's KL is {lab['optimum_kl']:.2f}"
+    parts.append((f"Variants over the last five steps of {samples} completions; {optimum}", header, cells))
+    cells = [[name, row["target"], f"{row['bias2']:.4f}"] for name, row in lab["truncation"].items()]
+    parts.append(("Completions that were cut: exact bias", ["truncation and estimator", "target", "bias^2"], cells))
     return "\n".join(_markdown(*part) for part in parts)
+
+
+def _last(curves: list[list[float]], digits: int) -> str:
+    """Mean and range over the seeds of the mean over the last five steps."""
+    ends = [sum(curve[-5:]) / len(curve[-5:]) for curve in curves]
+    return f"{sum(ends) / len(ends):.{digits}f} ({min(ends):.{digits}f} to {max(ends):.{digits}f})"
 
 
 def _cell(row: dict[str, float], kind: str) -> str:

@@ -21,18 +21,30 @@ from lab_problem import (
 )
 from torch import Tensor
 
-from lmppo import PPOConfig, PPOTrainer
+from lmppo import PPOConfig, PPOTrainer, RewardStream
 from lmppo.functional.exact import completion_logprobs, expectation, optimal_policy, sequence_kl, state_logits
 
 SCORES = on_grid(pay).sum(dim=1)
 ROLLOUT_SIZE = 64
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "clip": {},
+    "clip, asymmetric and dual": {"objective": "clip", "clip_range_high": 0.28, "dual_clip": 3.0},
     "kl_penalty": {},
     "importance_sampled": {},
     "policy_gradient": {"ppo_epochs": 1, "minibatch_size": ROLLOUT_SIZE, "learning_rate": 1e-2},
     "trpo": {"critic_epochs": 4},
 }
+EXACT = {"kl_estimator": "exact", "kl_placement": "both"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one pass": {"ppo_epochs": 1},
+    "a stream for the KL": {"reward_streams": [RewardStream("score", [sparse]), RewardStream("kl")]},
+    "exact KL in both": EXACT,
+    "exact KL in both, one pass": EXACT | {"ppo_epochs": 1},
+    "exact KL in both, clip 0.5": EXACT | {"clip_range": 0.5},
+    "k2 in the loss": {"kl_estimator": "k2", "kl_placement": "loss"},
+    "critic_lam 1": {"critic_lam": 1.0},
+}
+"""PPO's clip with one thing changed; unchanged, it has k1 in the reward, four passes, and GAE's 0.95 for its critic too."""
 
 
 def make_trainer(directory: str, *, seed: int, reward: Any = sparse, **rest: Any) -> PPOTrainer:
@@ -65,27 +77,39 @@ def reference() -> tuple[Tensor, Tensor]:
     return logprobs, optimal_policy(COMPLETIONS, logprobs, SCORES, kl_coef=KL_COEF)[1]
 
 
-def share_of_the_way(trainer: PPOTrainer) -> float:
-    """``(J - J_ref) / (J* - J_ref)`` with J = E[score] - kl_coef * KL(policy || reference), all three exact."""
+def optimum_kl() -> float:
+    """KL(pi* || reference): how far from the model before training the best policy is."""
+    logprobs, _ = reference()
+    return sequence_kl(optimal_policy(COMPLETIONS, logprobs, SCORES, kl_coef=KL_COEF)[0], logprobs).item()
+
+
+def share_and_kl(trainer: PPOTrainer) -> tuple[float, float]:
+    """``(J - J_ref) / (J* - J_ref)`` with J = E[score] - kl_coef * KL(policy || reference), and that KL; all exact."""
     ref_logprobs, best = reference()
     policy = exact_logprobs(trainer.actor_critic.policy)
-    start = expectation(ref_logprobs, SCORES)
-    reached = expectation(policy, SCORES) - KL_COEF * sequence_kl(policy, ref_logprobs)
-    return ((reached - start) / (best - start)).item()
+    start, kl = expectation(ref_logprobs, SCORES), sequence_kl(policy, ref_logprobs)
+    reached = expectation(policy, SCORES) - KL_COEF * kl
+    return ((reached - start) / (best - start)).item(), kl.item()
+
+
+def share_of_the_way(trainer: PPOTrainer) -> float:
+    """The first of these."""
+    return share_and_kl(trainer)[0]
 
 
 def learn(steps: int, seeds: int, **settings: Any) -> dict[str, Any]:
     """Curves of several seeds over the completions sampled, and a step's median CPU seconds (of one thread)."""
-    curves, seconds = [], []
+    shares, kls, seconds = [], [], []
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as directory:
             trainer = make_trainer(directory, seed=seed, max_steps=steps, **settings)
-            curve = [share_of_the_way(trainer)]
+            curve = [share_and_kl(trainer)]
             for iteration in range(steps):
                 started = time.process_time()  # other work on the machine does not count
                 trainer.step(iteration)
                 seconds.append(time.process_time() - started)
-                curve.append(share_of_the_way(trainer))
-            curves.append(curve)
+                curve.append(share_and_kl(trainer))
+        for curves, numbers in zip((shares, kls), zip(*curve, strict=True), strict=True):
+            curves.append(list(numbers))
     samples = [ROLLOUT_SIZE * i for i in range(steps + 1)]
-    return {"samples": samples, "share": curves, "seconds_per_step": statistics.median(seconds)}
+    return {"samples": samples, "share": shares, "kl": kls, "seconds_per_step": statistics.median(seconds)}

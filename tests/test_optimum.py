@@ -7,17 +7,24 @@ logits it has learned. No sampling enters the judgement. The best policy is ``pi
 
 import pytest
 import torch
-from builders import critic_of, make_trainer
+from accelerate import Accelerator
+from builders import critic_of, make_config, make_trainer
 from fakes import letter_tokenizer, tiny_gpt2
 
+from lmppo.experience import Experience
+from lmppo.functional import kl_shaped_rewards
 from lmppo.functional.exact import (
+    action_values,
     completion_logprobs,
     enumerate_completions,
     expectation,
     optimal_policy,
     sequence_kl,
     state_logits,
+    state_values,
 )
+from lmppo.models import ActorCritic
+from lmppo.trpo import trpo_step
 
 KL_COEF = 0.5
 EOS = 0
@@ -120,6 +127,33 @@ def test_a_trpo_step_stays_in_its_ball_and_improves_the_true_return(tmp_path, ma
     tokens = expectation(old, COMPLETIONS.mask.double().sum(dim=1))
     per_token = sequence_kl(old, new) / tokens
     assert 0.7 * max_kl < per_token < 1.1 * max_kl
+    assert expectation(new, SCORES) - KL_COEF * sequence_kl(new, old) > expectation(old, SCORES)
+
+
+@pytest.mark.parametrize("max_kl", [1e-3, 1e-2, 5e-2])
+def test_of_all_completions_a_trpo_step_stays_in_its_ball_exactly(max_kl):
+    """No sampling error: a policy that begins uniform, and a batch that holds each completion as often as it does."""
+    model = ActorCritic(tiny_gpt2(4, n_layer=1, tie_word_embeddings=False).double())
+    torch.nn.init.zeros_(model.policy.lm_head.weight)
+    old = exact_logprobs(model.policy)
+    mask, lengths = COMPLETIONS.mask, COMPLETIONS.mask.sum(dim=1)
+    rewards = kl_shaped_rewards(SCORES, torch.zeros_like(old), mask, kl_coef=0.0)
+    advantages = action_values(COMPLETIONS, old, rewards) - state_values(COMPLETIONS, old, rewards)
+    rows = torch.arange(len(mask)).repeat_interleave(4 ** (3 - lengths))
+    assert len(rows) == 4**3
+    prompt = torch.ones(len(rows), 1, dtype=torch.long)
+    nothing = torch.zeros(*mask[rows].shape, 1)
+    experience = Experience(
+        prompt_ids=prompt, prompt_mask=prompt.bool(), completion_ids=COMPLETIONS.ids[rows], completion_mask=mask[rows],
+        support=nothing == 0, old_logprobs=old[rows], ref_logprobs=old[rows], old_values=nothing,
+        advantages=advantages[rows], returns=nothing,
+    )  # fmt: skip
+    config = make_config("unused", objective="trpo", trpo_max_kl=max_kl, micro_batch_size=64)
+    stats = trpo_step(model, experience, config, Accelerator(cpu=True), iteration=0)
+    new = exact_logprobs(model.policy)
+    per_token = (sequence_kl(old, new) / expectation(old, lengths.double())).item()
+    assert 0.5 * max_kl < per_token <= max_kl * (1 + 1e-9)
+    assert stats["trpo/kl"] == pytest.approx(per_token, rel=1e-9)
     assert expectation(new, SCORES) - KL_COEF * sequence_kl(new, old) > expectation(old, SCORES)
 
 

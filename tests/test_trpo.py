@@ -170,7 +170,7 @@ def test_the_step_is_the_natural_gradient_of_the_right_length():
     moved = flat(p.detach() for p in model.policy_parameters()) - before
     assert stats["trpo/step_fraction"] in [pytest.approx(0.8**i) for i in range(3)]
     torch.testing.assert_close(moved, stats["trpo/step_fraction"] * whole, rtol=1e-5, atol=1e-9)
-    assert stats["grad_norm"] == pytest.approx(gradient.norm().item())
+    assert stats["trpo/grad_norm"] == pytest.approx(gradient.norm().item())
     assert stats["trpo/expected_improvement"] == pytest.approx((gradient @ whole).item(), rel=1e-6)
     assert stats["trpo/cg_residual"] < 1e-6
 
@@ -195,7 +195,7 @@ def test_the_step_improves_the_surrogate_and_fills_its_ball(family, kind, sampli
         "ratio": pytest.approx(log_ratio.exp().mean().item()),
         "entropy": pytest.approx(torch.where(new > -torch.inf, -new.exp() * new, 0.0).sum(1).mean().item()),
         "log_ratio_max": pytest.approx(0.0, abs=1e-12),
-        "grad_norm": stats["grad_norm"],
+        "trpo/grad_norm": stats["trpo/grad_norm"],
         "trpo/expected_improvement": stats["trpo/expected_improvement"],
         "trpo/step_fraction": stats["trpo/step_fraction"],
         "trpo/cg_residual": stats["trpo/cg_residual"],
@@ -242,7 +242,7 @@ def test_without_advantages_nothing_moves():
     before = parameters(model)
     stats = step(model, dataclasses.replace(experience, advantages=torch.zeros_like(experience.advantages)))
     assert_same(parameters(model), before)
-    assert stats["trpo/step_fraction"] == stats["trpo/kl"] == stats["trpo/improvement"] == stats["grad_norm"] == 0
+    assert stats["trpo/step_fraction"] == stats["trpo/kl"] == stats["trpo/improvement"] == stats["trpo/grad_norm"] == 0
     assert stats["ratio"] == pytest.approx(1)
 
 

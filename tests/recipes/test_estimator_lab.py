@@ -1,5 +1,6 @@
 """The lab: its measurements against enumeration and autograd, and the whole of it in its quick form."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmppo.functional.exact import completion_logprobs, expected_return, state_logits
+from lmppo.functional.exact import completion_logprobs, enumerate_completions, expected_return, state_logits
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -20,6 +21,7 @@ import lab_measure  # noqa: E402
 import lab_problem as task  # noqa: E402
 import lab_reuse  # noqa: E402
 import lab_training  # noqa: E402
+import lab_truncation  # noqa: E402
 from lab_estimators import estimators, language_model  # noqa: E402
 
 torch.set_num_threads(1)
@@ -66,6 +68,9 @@ def test_what_is_measured_is_what_enumeration_says(problem):
             assert abs(measured["variance"] - exact["variance"] / 16) < 5 * measured["variance_error"], name
     assert rows["gae lam 0.5, wrong critic"]["exact"]["bias2"] > 0.01
     assert rows["rewards_to_go, true critic"]["exact"]["bias2"] < 1e-20
+    biases = [rows[f"gae lam 0.5, {name}"]["exact"]["bias2"] for name in ("adaptive, wrong critic", "wrong critic")]
+    assert biases[0] < biases[1] / 2, "a longer look ahead for longer completions"
+    assert 1e-8 < rows["gae lam 0.5, adaptive, true critic"]["exact"]["bias2"] < 0.01, "a bias of its own"
 
 
 def test_the_measured_bias_has_the_error_it_claims(problem):
@@ -92,6 +97,47 @@ def test_the_trainer_starts_at_the_reference_and_learns(tmp_path):
     assert 0.3 < lab_training.share_of_the_way(trainer) < 1.0
 
 
+def test_the_variants_are_those_they_claim_to_be(tmp_path):
+    """Each is PPO's clip with another setting, and starts from the same share and no KL."""
+    with pytest.warns(UserWarning, match="biased gradient"):
+        trainers = {
+            name: lab_training.make_trainer(str(tmp_path), seed=0, **settings)
+            for name, settings in lab_training.VARIANTS.items()
+        }
+    assert {trainer.args.objective for trainer in trainers.values()} == {"clip"}
+    assert [s.name for s in lab_training.VARIANTS["a stream for the KL"]["reward_streams"]] == ["score", "kl"]
+    for name, trainer in trainers.items():
+        assert lab_training.share_and_kl(trainer) == pytest.approx((0.0, 0.0), abs=1e-6), name
+        trainer.step(0)
+        assert lab_training.share_and_kl(trainer)[1] > 0, name
+    settings = lab_training.OBJECTIVES["clip, asymmetric and dual"]
+    args = lab_training.make_trainer(str(tmp_path), seed=0, **settings).args
+    assert args.clip_range_high > args.clip_range and args.dual_clip > 1
+
+
+def test_every_truncation_mode_is_right_about_its_own_target(problem):
+    rows = lab_truncation.truncation(problem)
+    exact = {name for name, row in rows.items() if row["bias2"] < 1e-20}
+    assert exact == {"end, true critic", "bootstrap, true critic", "penalty, true critic", "mask, total_return, none"}
+    assert all(row["bias2"] > 0.005 for name, row in rows.items() if name not in exact)
+
+
+def test_what_bootstrapping_aims_at_is_the_pay_of_six_tokens(problem):
+    """Its rewards, the value of the last state among them, have that gradient through the first five tokens."""
+    six = enumerate_completions(vocab_size=len(task.TOKENS), horizon=6, eos=task.END)
+    model = task.make_model().double()
+    logprobs = completion_logprobs(state_logits(lambda ids: task.next_logits(model, ids), six), six)
+    logprobs = torch.cat([logprobs[:, :5], logprobs[:, 5:].detach()], dim=1)
+    earned = torch.where(six.mask, torch.tensor([task.pay(ids) for ids in six.ids.tolist()]).double(), 0.0)
+    expected = torch.autograd.grad(expected_return(six, logprobs, earned), list(model.parameters()))
+    after = lab_truncation.value_after_the_cut()
+    rewards = problem.rewards + lab_truncation.LAST_OF_CUT * after.unsqueeze(1)
+    length = torch.cat([g.flatten() for g in expected]).norm().item()
+    aim = dataclasses.replace(problem, rewards=rewards).true_gradient()
+    assert aim.norm().item() == pytest.approx(length, rel=1e-9)
+    assert length != pytest.approx(problem.true_gradient().norm().item(), rel=0.01)
+
+
 def test_the_true_values_of_streams_are_those_of_rollouts(tmp_path):
     """V of the first state is the mean discounted return of sampled completions."""
     trainer = lab_training.make_trainer(str(tmp_path), seed=0, rollout_batch_size=2048)
@@ -115,3 +161,4 @@ def test_the_recipe_in_its_quick_form(tmp_path):
     text = (tmp_path / "lab.md").read_text()
     assert text in done.stdout
     assert all(f"| {name} |" in text for name in [*lab["dense"], *lab["bandits"], *lab["objectives"]])
+    assert all(f"| {name} |" in text for name in [*lab["variants"], *lab["truncation"]])
