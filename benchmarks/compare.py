@@ -74,9 +74,8 @@ def main() -> None:
         list(pool.map(launch, *zip(*[(v, s) for s in args.seeds for v in range(len(VARIANTS))], strict=True)))
 
     figure, axes = plt.subplots(1, 4, figsize=(19, 4.6), layout="constrained")
-    print(
-        "| variant | reward, last 5 steps | KL | reward - kl_coef * KL | reward 2 at step (after seconds) | seconds per step (range) |"
-    )
+    columns = ("reward, last 5 steps", "KL", "reward - kl_coef * KL", "reward 2 at step (after seconds)")
+    print(f"| variant | {' | '.join(columns)} | seconds per step (range) |")
     print("|---|---|---|---|---|---|")
     for variant, label in enumerate(VARIANTS):
         c = curves(variant, args.seeds)
