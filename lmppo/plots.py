@@ -1,7 +1,17 @@
-"""Curves of a run as one PNG, from its ``metrics.jsonl`` (needs the ``plots`` extra)."""
+"""Curves of a run as one PNG, from its ``metrics.jsonl``.
+
+Importing it needs the ``plots`` extra, so that a recipe without it fails before its training and not after.
+"""
 
 import json
 from pathlib import Path
+
+try:
+    import matplotlib
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("Plots need matplotlib: pip install 'lmppo[plots]'.") from error
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 PANELS = {
     "reward": ["reward"],
@@ -33,15 +43,7 @@ def plot_run(run_dir: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: The directory holds no run.
-        ModuleNotFoundError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("Plots need matplotlib: pip install 'lmppo[plots]'.") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = read_metrics(run_dir)
     steps = [row["step"] for row in rows]
     figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
