@@ -3,6 +3,7 @@
 The order is a pure function of (seed, epoch, position): the only state is the number of prompts drawn so far.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -225,7 +226,7 @@ class PromptStream:
                 raise ValueError(f"{name}: the data set is empty. Give it at least one row with a `prompt`.")
             self._encoded = [encoder.encode(dataset[i], self._where(i)) for i in range(len(dataset))]
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """What tells this data set's prompts, in their order, from others; of a streaming one only that it is one."""
         if not self.is_map_style:
