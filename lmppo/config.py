@@ -207,7 +207,7 @@ class PPOConfig:
         None, "End that warm-up as soon as the critic explains this share of a batch's returns."
     )
     step_zero_tolerance: float | None = _knob(
-        None, "Largest |log ratio| and |KL| allowed before anything was learned (default: by precision, 2e-5 in fp32)."
+        None, "Largest |log ratio| and |KL| allowed before anything was learned (default: what rounding explains)."
     )
 
     # Optimizer

@@ -14,26 +14,6 @@ Record = TypeVar("Record")
 _DTYPES = {"_mask": torch.bool, "_ids": torch.long, "support": torch.bool, "ended": torch.bool}
 
 
-class StepZeroError(RuntimeError):
-    """Something that must be exact before the first update is not: learning on would train on wrong numbers."""
-
-
-def check_first_ratio(stats: dict[str, float], tolerance: float) -> None:
-    """On the first minibatch, before any step, every ratio is 1.
-
-    Raises:
-        StepZeroError: ``stats["log_ratio_max"]`` is above ``tolerance``.
-    """
-    worst = stats.get("log_ratio_max", 0.0)
-    if worst > tolerance:
-        raise StepZeroError(
-            f"Before the first step the update's log-probabilities differ from the rollout's by up to {worst:.2e} nats "
-            f"(allowed: {tolerance:.0e}), so the ratio does not start at 1. Usual causes: dropout or another source of "
-            f"randomness in the model, a model that depends on padding or batch composition, logits changed after the "
-            f"forward pass. If it is rounding, raise step_zero_tolerance."
-        )
-
-
 @dataclass(frozen=True)
 class Rollout:
     """What was sampled, and what was measured under the policy that sampled it.
@@ -53,6 +33,7 @@ class Rollout:
         bootstrap_values: ``(B, K)`` the critic's value of the last state of a completion that was cut, with
             ``truncation='bootstrap'``; else 0.
         ended: ``(B,)`` True where the completion ended with EOS, False where it was cut.
+        max_logit: ``(B,)`` the largest |logit| that the tokens of a row were sampled from, -inf left out.
         support: ``(B, T, V)`` True on the tokens that could be sampled (top-k, top-p, min-p); ``(B, T, 1)`` and all
             True where nothing was cut off.
     """
@@ -68,6 +49,7 @@ class Rollout:
     kl_penalty: Tensor
     bootstrap_values: Tensor
     ended: Tensor
+    max_logit: Tensor
     support: Tensor
 
     def __post_init__(self) -> None:
@@ -180,7 +162,7 @@ def _check_record(record: Rollout | Experience) -> None:
         tensor = getattr(record, f.name)
         if f.name.startswith("prompt"):
             expected: tuple[int, ...] = (n_rows, n_prompt)
-        elif f.name == "ended":
+        elif f.name in ("ended", "max_logit"):
             expected = (n_rows,)
         elif f.name == "bootstrap_values":
             expected = (n_rows, n_streams)

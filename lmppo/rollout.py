@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from lmppo.config import PPOConfig
-from lmppo.experience import Rollout, StepZeroError, select_rows, trim
+from lmppo.experience import Rollout, select_rows, trim
 from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3
 from lmppo.models import ActorCritic, Reference, score_tokens
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
@@ -156,22 +156,6 @@ def _bootstrap_values(model: ActorCritic, samples: Samples, config: PPOConfig) -
             batch = (micro.prompt_ids, micro.prompt_mask, micro.completion_ids, micro.completion_mask)
             result[rows] = model.last_values(*batch)
     return result
-
-
-def check_kl_zero(rollout: Rollout, tolerance: float) -> None:
-    """Before any update the policy is the reference, and every token's KL is 0.
-
-    Raises:
-        StepZeroError: It is not, by more than ``tolerance`` nats.
-    """
-    worst = rollout.kl_to_ref.abs().max().item()
-    if worst > tolerance:
-        raise StepZeroError(
-            f"Before any update the policy and the reference differ by up to {worst:.2e} nats on a token (allowed: "
-            f"{tolerance:.0e}), though they are the same weights. Usual causes: a model whose output depends on the "
-            f"batch or on padding, weights changed after the trainer was built, an adapter that does not start at zero. "
-            f"If it is rounding, raise step_zero_tolerance."
-        )
 
 
 def decode_completions(tokenizer: Any, completion_ids: Tensor, completion_mask: Tensor) -> list[str]:

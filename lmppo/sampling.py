@@ -36,6 +36,7 @@ class Samples:
     logprobs: Tensor
     values: Tensor
     ended: Tensor
+    max_logit: Tensor
     support: Tensor
 
 
@@ -136,6 +137,7 @@ def sample(
     logprobs = torch.zeros(n_rows, n_time, device=device)
     values = torch.zeros(n_rows, n_time, n_streams, device=device)
     ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
+    max_logit = torch.zeros(n_rows, device=device)
     supports = []
     eos = torch.tensor(params.eos_token_ids, dtype=torch.long, device=device)
 
@@ -144,6 +146,7 @@ def sample(
     for t in range(n_time):
         logits, hidden = decoder.logits, decoder.hidden
         _check_finite(logits, alive)
+        max_logit[alive] = torch.maximum(max_logit[alive], _largest(logits))
         support = params.support(logits)
         token = draw(logits, support, uniforms[:, t].to(device)[alive], temperature=params.temperature)
         ids[alive, t] = token
@@ -168,7 +171,7 @@ def sample(
     support = torch.stack(supports, dim=1)
     padding = support.new_ones(n_rows, n_time - support.shape[1], support.shape[2])
     support = torch.cat([support, padding], dim=1)
-    return Samples(prompt_ids, prompt_mask, ids, mask, logprobs, values, ended, support)
+    return Samples(prompt_ids, prompt_mask, ids, mask, logprobs, values, ended, max_logit, support)
 
 
 def _check_finite(logits: Tensor, rows: Tensor) -> None:
@@ -176,6 +179,11 @@ def _check_finite(logits: Tensor, rows: Tensor) -> None:
     broken = rows[~logits.amax(dim=-1).isfinite()].tolist()
     if broken:
         raise NonFiniteError(f"The policy's logits are not finite in rows {broken[:8]} of this process's batch.")
+
+
+def _largest(logits: Tensor) -> Tensor:
+    """``(B,)`` the largest |logit| of each row, tokens that the model rules out (-inf) left aside."""
+    return logits.float().masked_fill(logits == float("-inf"), 0.0).abs().amax(dim=-1)
 
 
 def _scatter_support(support: Tensor, alive: Tensor, n_rows: int) -> Tensor:

@@ -35,13 +35,14 @@ from lmppo.models import ActorCritic, Reference, load_policy
 from lmppo.objectives import Penalties
 from lmppo.prompts import PromptStream
 from lmppo.rewards import RewardSet
-from lmppo.rollout import ScoredRollout, check_kl_zero, collect_rollout
+from lmppo.rollout import ScoredRollout, collect_rollout
 from lmppo.run_dir import changed_settings, discard_unsaved, find_resume_point, write_run_config
 from lmppo.sampling import EVALUATION, ROLLOUT
 from lmppo.saved_rollouts import save_rollouts
 from lmppo.schedule import CriticWarmup, set_learning_rates
+from lmppo.step_zero import check_kl_zero, rounding_tolerance
 from lmppo.tables import print_completions
-from lmppo.update import STEP_ZERO_TOLERANCE, logprobs_now, ppo_update
+from lmppo.update import logprobs_now, ppo_update
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -198,8 +199,11 @@ class PPOTrainer:
         sampled = time.perf_counter()
 
         rollout, kl_coef, beta = scored.rollout, self.kl_control.coef, self.beta.coef
+        tolerance = args.step_zero_tolerance or rounding_tolerance(
+            rollout.max_logit.max().item(), self.accelerator.mixed_precision
+        )
         if check_step_zero and iteration == 0 and self._kl_starts_at_zero:
-            check_kl_zero(rollout, self._tolerance)
+            check_kl_zero(rollout.kl_to_ref.abs().max().item(), tolerance)
         rewards = shape_rewards(rollout, args, self.streams, kl_coef=kl_coef)
         estimated = estimate(rollout, rewards, args, self.streams)
         experience = Experience.from_rollout(rollout, estimated.advantages, estimated.returns, estimated.mask)
@@ -215,7 +219,7 @@ class PPOTrainer:
             iteration=iteration,
             policy_frozen=frozen,
             penalties=Penalties(beta, kl_coef * estimated.scale if args.kl_in_loss else 0.0, self.reference),
-            first_ratio_tolerance=self._tolerance if check_step_zero or was_frozen else None,
+            first_ratio_tolerance=tolerance if check_step_zero or was_frozen else None,
         )
         if args.objective == "kl_penalty" and not frozen:
             new = logprobs_now(self.model, experience, args, self.accelerator)
@@ -377,10 +381,6 @@ class PPOTrainer:
         for i, text in enumerate(scored.completions[:rows]):
             row = {"step": step, "prompt": scored.prompts[i], "completion": text}
             self.completions_file.append(row | {name: column[i] for name, column in columns.items()})
-
-    @property
-    def _tolerance(self) -> float:
-        return self.args.step_zero_tolerance or STEP_ZERO_TOLERANCE[self.accelerator.mixed_precision]
 
     def _settings(self) -> dict[str, Any]:
         return (

@@ -19,10 +19,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmppo.config import PPOConfig
-from lmppo.experience import Experience, check_first_ratio, select_rows, trim
+from lmppo.experience import Experience, select_rows, trim
 from lmppo.functional import approx_kl, exact_kl, importance_sampled_loss, masked_mean, token_logprobs_and_entropy
 from lmppo.models import attention_mask_of, causal_forward
 from lmppo.sampling import NonFiniteError
+from lmppo.step_zero import check_first_ratio
 
 BACKTRACK = 0.8
 """Each try of the line search is this much shorter than the one before."""

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lmppo.config import PPOConfig
-from lmppo.experience import Experience, check_first_ratio, select_rows, trim
+from lmppo.experience import Experience, select_rows, trim
 from lmppo.functional import (
     approx_kl,
     clip_fraction,
@@ -30,10 +30,9 @@ from lmppo.functional import (
 from lmppo.models import score_tokens
 from lmppo.objectives import Penalties, policy_loss, reference_kl
 from lmppo.sampling import NonFiniteError
+from lmppo.step_zero import check_first_ratio
 from lmppo.trpo import trpo_step
 
-# |log ratio| that rounding alone can cause on the first minibatch: measured 2e-6 to 5e-6 in float32.
-STEP_ZERO_TOLERANCE = {"no": 2e-5, "bf16": 2e-2, "fp16": 2e-2, "fp8": 1e-1}
 NO_PENALTIES = Penalties()
 
 

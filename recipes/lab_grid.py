@@ -78,6 +78,7 @@ class Problem:
             kl_penalty=torch.zeros_like(self.logprobs),
             bootstrap_values=torch.zeros(n, 1),
             ended=torch.ones(n, dtype=torch.bool),
+            max_logit=torch.zeros(n),
             support=torch.ones(n, grid.ids.shape[1], 1, dtype=torch.bool),
         )
 

@@ -48,6 +48,7 @@ def rollout(p):
         kl_penalty=torch.zeros_like(logprobs),
         bootstrap_values=torch.zeros(n, 1),
         ended=ended(p),
+        max_logit=torch.zeros(len(ended(p))),
         support=torch.ones(*p.mask.shape, 1, dtype=torch.bool),
     )
 

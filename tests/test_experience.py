@@ -33,6 +33,7 @@ def make_rollout(prompt=("011", "111"), completion=("1100", "1000"), *, streams=
         kl_penalty=numbers(n_rows, n_time),
         bootstrap_values=numbers(n_rows, streams),
         ended=torch.ones(n_rows, dtype=torch.bool),
+        max_logit=torch.zeros(n_rows),
         support=torch.ones(n_rows, n_time, vocabulary, dtype=torch.bool),
     )
 

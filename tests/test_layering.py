@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Lower layers first. A module may import what stands before it, in its own layer or below.
 LAYERS = (
     ("functional",),
-    ("config", "experience", "kl_control", "schedule", "tables", "plots"),
+    ("config", "experience", "step_zero", "kl_control", "schedule", "tables", "plots"),
     ("models", "prompts", "classifier_reward", "rewards", "sampling"),
     ("rollout", "estimators", "metrics", "trpo", "objectives", "update", "checkpoint", "run_dir", "build"),
     ("saved_rollouts", "trainer"),

@@ -28,10 +28,11 @@ from transformers import TrainerCallback
 from lmppo import PPOTrainer
 from lmppo.checkpoint import list_checkpoints
 from lmppo.estimators import estimate, shape_rewards
-from lmppo.experience import Experience, StepZeroError
+from lmppo.experience import Experience
 from lmppo.rewards import RewardError
 from lmppo.rollout import collect_rollout
 from lmppo.sampling import NonFiniteError
+from lmppo.step_zero import StepZeroError
 from lmppo.update import ppo_update
 
 KINDS = ["shared", "separate", "lora"]

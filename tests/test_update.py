@@ -22,9 +22,10 @@ from builders import (
 )
 
 from lmppo.build import make_optimizer
-from lmppo.experience import Experience, StepZeroError
+from lmppo.experience import Experience
 from lmppo.models import ActorCritic
 from lmppo.sampling import NonFiniteError
+from lmppo.step_zero import StepZeroError
 from lmppo.update import accumulate_gradients, minibatch_rows, ppo_loss, ppo_update
 
 KINDS = ["shared", "separate", "lora"]

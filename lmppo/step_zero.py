@@ -1,0 +1,60 @@
+"""What must hold before the first step, up to rounding: every ratio is 1, and the policy is the reference.
+
+A log-probability is a logit minus the logsumexp of all of them, so its rounding error grows with the logits: those of
+GPT-2 lie at -30 to -130, and a bound that was measured on smaller ones stops runs that are right.
+"""
+
+# Nats of rounding in a log-probability, and the |logit| up to which that bound holds; beyond it grows in proportion.
+_ROUNDING = {"no": (1e-4, 20.0), "bf16": (1e-2, 1.0), "fp16": (1e-2, 1.0), "fp8": (1e-1, 1.0)}
+
+
+class StepZeroError(RuntimeError):
+    """Something that must be exact before the first update is not: learning on would train on wrong numbers."""
+
+
+def rounding_tolerance(max_logit: float, precision: str = "no") -> float:
+    """The largest difference, in nats, that rounding alone can make between two log-probabilities of one token.
+
+    ``1e-4 * max(1, max_logit / 20)`` in float32, ``1e-2 * max(1, max_logit)`` in bfloat16 and float16
+
+    Args:
+        max_logit: The largest |logit| of the distributions.
+        precision: As accelerate names mixed precision: ``no``, ``bf16``, ``fp16``, ``fp8``.
+    """
+    nats, scale = _ROUNDING[precision]
+    return nats * max(1.0, max_logit / scale)
+
+
+def check_first_ratio(stats: dict[str, float], tolerance: float) -> None:
+    """On the first minibatch, before any step, every ratio is 1.
+
+    Raises:
+        StepZeroError: ``stats["log_ratio_max"]`` is above ``tolerance``.
+    """
+    worst = stats.get("log_ratio_max", 0.0)
+    if worst > tolerance:
+        raise StepZeroError(
+            f"Before the first step the update's log-probabilities differ from the rollout's by up to {worst:.2e} nats "
+            f"(allowed: {tolerance:.0e}), so the ratio does not start at 1. Usual causes: dropout or another source of "
+            f"randomness in the model, a model that depends on padding or batch composition, logits changed after the "
+            f"forward pass. If it is rounding, raise step_zero_tolerance."
+        )
+
+
+def check_kl_zero(worst: float, tolerance: float) -> None:
+    """Before any update the policy is the reference, and every token's KL is 0.
+
+    Args:
+        worst: The largest |log-ratio| of policy and reference on a token.
+        tolerance: The largest one allowed.
+
+    Raises:
+        StepZeroError: ``worst`` is above ``tolerance``.
+    """
+    if worst > tolerance:
+        raise StepZeroError(
+            f"Before any update the policy and the reference differ by up to {worst:.2e} nats on a token (allowed: "
+            f"{tolerance:.0e}), though they are the same weights. Usual causes: a model whose output depends on the "
+            f"batch or on padding, weights changed after the trainer was built, an adapter that does not start at zero. "
+            f"If it is rounding, raise step_zero_tolerance."
+        )
