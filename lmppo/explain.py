@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lmppo.checkpoint import CheckpointError, checkpoint_dir, list_checkpoints
 from lmppo.explain_page import cell, in_one_line, label, render_page, stream_facts
+from lmppo.run.checkpoint import CheckpointError, checkpoint_dir, list_checkpoints
 from lmppo.saved_rollouts import TEXTS, SavedRollouts, load_saved_rollouts
 
 FORMATS = ("html", "table", "json")

@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmppo.checkpoint import CheckpointError
+from lmppo.collector import ScoredRollout
 from lmppo.config import PPOConfig, RewardStream
 from lmppo.estimators import default_streams
-from lmppo.experience import Experience
 from lmppo.functional import kl_k1, rewards_to_go, td_residuals
 from lmppo.functional.kl import MAX_LOG_RATIO
-from lmppo.rollout import ScoredRollout
+from lmppo.records import Experience
+from lmppo.run.checkpoint import CheckpointError
 
 FORMAT_VERSION = 1
 TENSORS, TEXTS = "rollouts.safetensors", "rollouts.json"
@@ -30,7 +30,7 @@ _BROKEN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class SavedRollouts:
-    """Completions as the update saw them, N rows; axes as in :class:`lmppo.experience.Rollout`.
+    """Completions as the update saw them, N rows; axes as in :class:`lmppo.records.Rollout`.
 
     Attributes:
         prompts: The prompts as the model read them, special tokens included.
@@ -160,7 +160,7 @@ def save_rollouts(
     kept, rollout = slice(rows), scored.rollout
     streams = streams or default_streams(rewards.shape[-1])
     tensors = {
-        "completion_ids": rollout.completion_ids,
+        "completion_ids": rollout.tokens.completion_ids,
         "mask": rollout.completion_mask,
         "learned": experience.completion_mask,
         "ended": rollout.ended,
@@ -184,9 +184,8 @@ def save_rollouts(
             )
     lengths = _shown_lengths(tensors["mask"])
     completions = [ids[:n] for ids, n in zip(tensors["completion_ids"].tolist(), lengths, strict=True)]
-    prompts = [
-        ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids[kept], rollout.prompt_mask[kept], strict=True)
-    ]
+    tokens = rollout.tokens.rows(kept)
+    prompts = [ids[mask].tolist() for ids, mask in zip(tokens.prompt_ids, tokens.prompt_mask, strict=True)]
     texts = {
         "format_version": FORMAT_VERSION,
         "prompts": [_decode(tokenizer, ids) for ids in prompts],

@@ -104,9 +104,9 @@ def learn(steps: int, seeds: int, **settings: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as directory:
             trainer = make_trainer(directory, seed=seed, max_steps=steps, **settings)
             curve = [share_and_kl(trainer)]
-            for iteration in range(steps):
+            for _ in range(steps):
                 started = time.process_time()  # other work on the machine does not count
-                trainer.step(iteration)
+                trainer.step()
                 seconds.append(time.process_time() - started)
                 curve.append(share_and_kl(trainer))
         for curves, numbers in zip((shares, kls), zip(*curve, strict=True), strict=True):

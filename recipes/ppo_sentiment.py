@@ -63,7 +63,7 @@ def make_peft_config(recipe: RecipeArguments) -> Any:
 
 def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
     """The trainer's ``reward_funcs`` or ``reward_streams``, their names looked up."""
-    from lmppo.build import as_streams
+    from lmppo.streams import as_streams
     from reward_models import load
 
     if recipe.reward_streams is None:
@@ -85,8 +85,8 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from lmppo import PPOTrainer  # heavy imports wait until the command line has been read
-    from lmppo.build import load_tokenizer
     from lmppo.plots import plot_run
+    from lmppo.prompts import load_tokenizer
 
     disable_progress_bar()
     tokenizer = load_tokenizer(recipe.model_name_or_path)

@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from lmppo.checkpoint import (
+from lmppo.run.checkpoint import (
     CheckpointError,
     checkpoint_dir,
     list_checkpoints,
@@ -107,7 +107,7 @@ def test_everything_comes_back_to_the_last_bit(trained, tmp_path):
     assert len(optimizer_state(fresh)) == 3 * sum(p.requires_grad for p in fresh.actor_critic.parameters())
     assert state["step"] == 2
     assert state["prompts"] == {"drawn": 16}
-    assert state["num_tokens"] == trainer.num_tokens
+    assert state["num_tokens"] == trainer.run.num_tokens
     assert state["settings"]["learning_rate"] == 1e-2
     if kind != "lora":
         policy = fresh.actor_critic.policy
@@ -231,7 +231,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_new_one(trained, tmp
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("lmppo.checkpoint.save_file", fail)
+    monkeypatch.setattr("lmppo.run.checkpoint.save_file", fail)
     for place in (target, checkpoint_dir(tmp_path, 2)):
         with pytest.raises(OSError, match="disk full"):
             save_checkpoint(place, *arguments)
@@ -348,7 +348,10 @@ def test_final_holds_the_critic(trained):
     samples = make_samples(trainer.actor_critic)
     prompt, completion = (
         alone(ids, mask, 2)
-        for ids, mask in ((samples.prompt_ids, samples.prompt_mask), (samples.completion_ids, samples.completion_mask))
+        for ids, mask in (
+            (samples.tokens.prompt_ids, samples.tokens.prompt_mask),
+            (samples.tokens.completion_ids, samples.completion_mask),
+        )
     )
     _, values = row_alone(trainer.actor_critic, prompt, completion)
     ids = torch.cat([prompt, completion])[None]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import read
 from transformers import AutoModelForTokenClassification, GPT2ForSequenceClassification
 
 from lmppo.models import ActorCritic, load_critic
@@ -25,7 +26,7 @@ def test_values_are_the_rewards_of_the_prefixes_and_survive_saving(tmp_path, n_l
     ids = torch.randint(1, 257, (2, 9))
     mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
-        _, values = ActorCritic(policy, critic)(ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:])
+        _, values = read(ActorCritic(policy, critic), ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:])
         for t in range(5):
             logits = scorer(input_ids=ids[:, : 4 + t]).logits
             reward = logits[:, -1] - logits[:, 0] if n_labels == 2 else logits[:, 0]

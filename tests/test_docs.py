@@ -69,7 +69,7 @@ def test_every_setting_is_explained_with_its_true_default():
 
 
 def test_the_settings_that_may_change_on_resume_are_listed():
-    from lmppo.run_dir import FREE_SETTINGS
+    from lmppo.run.directory import FREE_SETTINGS
 
     text = (DOCS / "configuration.md").read_text().partition("## Settings that may change on resume")[2]
     listed = text.partition("accepts them:")[2].partition("Any other change")[0]

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_experience import make_rollout
+from test_records import make_rollout
 
 from lmppo import PPOConfig
 from lmppo.config import RewardStream

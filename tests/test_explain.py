@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PROMPTS, gpt2, make_samples, trained, with_values
+from builders import PROMPTS, gpt2, make_samples, trained, with_mask, with_values
 from fakes import letter_tokenizer, tiny_tokenizer
 from rich.cells import cell_len
 
-from lmppo.checkpoint import CheckpointError, checkpoint_dir
 from lmppo.cli import main
+from lmppo.collector import ScoredRollout, decode_completions
 from lmppo.config import PPOConfig, RewardStream
-from lmppo.experience import Experience, Rollout
 from lmppo.explain import explain, find_saved, make_report
 from lmppo.explain_page import colour_scale, render_page, visible
 from lmppo.functional import clip_fraction, clipped_policy_loss, gae, kl_shaped_rewards, masked_whiten, rewards_to_go
 from lmppo.models import ActorCritic
-from lmppo.rollout import ScoredRollout, decode_completions
+from lmppo.records import Experience, Rollout
+from lmppo.run.checkpoint import CheckpointError, checkpoint_dir
 from lmppo.saved_rollouts import load_saved_rollouts, save_rollouts, token_texts
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +64,7 @@ def make_parts(**settings) -> Parts:
     ref_logprobs = samples.logprobs + 0.3 * noise(*shape)
     kl = torch.where(mask, samples.logprobs - ref_logprobs, 0.0)
     rollout = Rollout(
-        **{f.name: getattr(samples, f.name) for f in dataclasses.fields(samples)} | {"values": values},
+        **vars(samples) | {"values": values},
         ref_logprobs=ref_logprobs,
         scores=torch.stack([noise(*shape), torch.zeros(shape)], dim=-1),
         kl_penalty=kl,
@@ -89,7 +89,7 @@ def make_parts(**settings) -> Parts:
     whitened = masked_whiten(sum(advantages), mask)
     return Parts(
         scored=ScoredRollout(
-            rollout, PROMPTS, decode_completions(letter_tokenizer(), rollout.completion_ids, mask), noise(6, 1), {}, {}
+            rollout, PROMPTS, decode_completions(letter_tokenizer(), rollout.tokens), ["f"], noise(6, 1), {}, {}
         ),
         experience=Experience.from_rollout(rollout, whitened, torch.stack(returns, dim=-1)),
         rewards=rewards,
@@ -135,7 +135,8 @@ def counted(tensor, parts):
 def test_what_was_saved_comes_back_to_the_bit(parts, saved):
     rollout, experience = parts.scored.rollout, parts.experience
     for name in ("completion_ids", "ended", "logprobs", "ref_logprobs", "values", "scores", "bootstrap_values"):
-        assert torch.equal(getattr(saved, name), getattr(rollout, name)[:KEPT]), name
+        record = rollout.tokens if name == "completion_ids" else rollout
+        assert torch.equal(getattr(saved, name), getattr(record, name)[:KEPT]), name
     assert torch.equal(saved.advantages, experience.advantages[:KEPT])
     assert torch.equal(saved.returns, experience.returns[:KEPT])
     assert torch.equal(saved.rewards, parts.rewards[:KEPT]) and torch.equal(saved.mask, saved.learned)
@@ -196,7 +197,7 @@ def test_td_residuals_look_one_token_ahead(parts, report):
     rollout = parts.scored.rollout
     expected = []
     for row in range(KEPT):
-        last = int(rollout.completion_lengths[row]) - 1
+        last = int(rollout.tokens.lengths[row]) - 1
         for t in range(last + 1):
             upcoming = rollout.values[row, t + 1] if t < last else rollout.bootstrap_values[row]
             parts_of_sum = parts.rewards[row, t] + torch.tensor([0.9, 1.0]) * upcoming - rollout.values[row, t]
@@ -244,7 +245,7 @@ def test_nothing_is_clipped_without_a_clip(tmp_path):
 
 def test_rows_that_were_not_learned_from_are_shown_as_such(parts, tmp_path):
     keep = parts.scored.rollout.completion_mask & parts.scored.rollout.ended[:, None]
-    experience = dataclasses.replace(parts.experience, completion_mask=keep)
+    experience = with_mask(parts.experience, keep)
     saved = load_saved_rollouts(dataclasses.replace(parts, experience=experience).save(tmp_path / "c"))
     report = make_report(saved, tmp_path)
     for completion in report["completions"]:

@@ -7,8 +7,8 @@ import torch
 from builders import assert_same, count_a, critic_of, make_trainer, metrics_rows, share_of_a, trained, weights
 
 from lmppo import PPOConfig, RewardStream
-from lmppo.build import make_streams
 from lmppo.rewards import RewardSet
+from lmppo.streams import make_streams
 
 
 def always_two(prompts, completions, **kwargs):
@@ -73,7 +73,7 @@ def test_each_critic_output_learns_its_own_stream(tmp_path):
         tmp_path, reward_streams=streams, critic=critic_of(num_labels=2), max_steps=40, critic_warmup_steps=40,
         critic_learning_rate=1e-2, value_clip_range=None, lam=1.0, max_grad_norm=10.0, whiten_advantages=False,
     )  # fmt: skip
-    scored = trainer.rollout(trainer.prompts.next_batch(8), 99)
+    scored = trainer.collector.collect(trainer.prompts.next_batch(8), 99)
     mask, values = scored.rollout.completion_mask, scored.rollout.values
     assert (values[..., 0][mask] - 2.0).abs().mean() < 0.1
     before_last = mask & (mask.flip(1).cumsum(1).flip(1) > 3)

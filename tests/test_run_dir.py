@@ -27,12 +27,12 @@ from killable_run import SETTINGS, run
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from lmppo import checkpoint as ckpt
-from lmppo.checkpoint import CheckpointError, checkpoint_dir, list_checkpoints
-from lmppo.kl_control import AdaptiveKL
+from lmppo.control import AdaptiveKL
 from lmppo.prompts import PromptStream
 from lmppo.rewards import RewardError
-from lmppo.run_dir import discard_unsaved, find_resume_point
+from lmppo.run import checkpoint as ckpt
+from lmppo.run.checkpoint import CheckpointError, checkpoint_dir, list_checkpoints
+from lmppo.run.directory import discard_unsaved, find_resume_point
 
 TESTS = Path(__file__).parent
 
@@ -94,9 +94,9 @@ def assert_same_run(trainer, reference):
     assert_same(weights(trainer), weights(reference))
     assert_same(optimizer_state(trainer), optimizer_state(reference))
     assert metrics_rows(trainer.args.output_dir) == metrics_rows(reference.args.output_dir)
-    assert trainer.kl_control.coef == reference.kl_control.coef
+    assert trainer.control.kl.coef == reference.control.kl.coef
     assert trainer.prompts.drawn == reference.prompts.drawn
-    assert trainer.num_tokens == reference.num_tokens
+    assert trainer.run.num_tokens == reference.run.num_tokens
     ours, theirs = (tree(Path(t.args.output_dir) / "final") for t in (trainer, reference))
     assert ours == theirs
 

@@ -26,13 +26,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from lmppo import PPOTrainer
-from lmppo.checkpoint import list_checkpoints
+from lmppo.checks import NonFiniteError, StepZeroError
 from lmppo.estimators import estimate, shape_rewards
-from lmppo.experience import Experience
+from lmppo.records import Experience
 from lmppo.rewards import RewardError
-from lmppo.rollout import collect_rollout
-from lmppo.sampling import NonFiniteError
-from lmppo.step_zero import StepZeroError
+from lmppo.run.checkpoint import list_checkpoints
 from lmppo.update import ppo_update
 
 KINDS = ["shared", "separate", "lora"]
@@ -393,13 +391,8 @@ def test_the_loop_can_be_written_by_hand(tmp_path):
     reference = trained(tmp_path / "a")
     trainer = make_trainer(tmp_path / "b")
     for iteration in range(2):
-        prompts = trainer.prompts.next_batch(8)
-        scored = collect_rollout(
-            trainer.model, trainer.reference, trainer.rewards, prompts, trainer.args,
-            tokenizer=trainer.processing_class, params=trainer.params, accelerator=trainer.accelerator,
-            iteration=iteration, trainer_state=trainer.state,
-        )  # fmt: skip
-        rewards = shape_rewards(scored.rollout, trainer.args, trainer.streams, kl_coef=trainer.kl_control.coef)
+        scored = trainer.collector.collect(trainer.prompts.next_batch(8), iteration)
+        rewards = shape_rewards(scored.rollout, trainer.args, trainer.streams, kl_coef=trainer.control.kl.coef)
         estimated = estimate(scored.rollout, rewards, trainer.args, trainer.streams)
         experience = Experience.from_rollout(scored.rollout, estimated.advantages, estimated.returns)
         ppo_update(trainer.model, trainer.optimizer, experience, trainer.args, trainer.accelerator, iteration=iteration)
@@ -409,7 +402,7 @@ def test_the_loop_can_be_written_by_hand(tmp_path):
 def test_one_step_can_be_taken_without_train(tmp_path):
     reference = trained(tmp_path / "a")
     trainer = make_trainer(tmp_path / "b")
-    rows = [trainer.step(i) for i in range(2)]
+    rows = [trainer.step() for i in range(2)]
     assert_same(weights(trainer), weights(reference))
     assert [row["step"] for row in metrics_rows(tmp_path / "b")] == [1, 2]
     assert rows[0]["reward"] == reference.state.log_history[0]["reward"]
@@ -417,9 +410,9 @@ def test_one_step_can_be_taken_without_train(tmp_path):
 
 def test_two_trainers_in_one_process_do_not_disturb_each_other(tmp_path, base):
     first, second = make_trainer(tmp_path / "a", **BASE), make_trainer(tmp_path / "b", **BASE)
-    for i in range(2):
-        first.step(i)
-        second.step(i)
+    for _ in range(2):
+        first.step()
+        second.step()
     assert_same(weights(first), base)
     assert_same(weights(second), base)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from lmppo.checkpoint import CheckpointError, list_checkpoints, newest_valid_checkpoint, verify_checkpoint
+from lmppo.run.checkpoint import CheckpointError, list_checkpoints, newest_valid_checkpoint, verify_checkpoint
 
 # Settings that may differ when a run is continued: they change what is shown and kept, not what is learned.
 FREE_SETTINGS = {
