@@ -12,8 +12,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from lmppo.config import PPOConfig, RewardStream
+from lmppo.critics import load_critic
 from lmppo.kl_control import AdaptiveKL, FixedKL
-from lmppo.models import ActorCritic, load_critic
+from lmppo.models import ActorCritic
 from lmppo.prompts import PromptEncoder
 from lmppo.sampling import SamplingParams
 from lmppo.update import epochs_of
@@ -183,8 +184,17 @@ def _check_effect(stream: RewardStream, args: PPOConfig) -> None:
         )
 
 
-def make_actor_critic(policy: Any, critic: Any, args: PPOConfig, *, n_streams: int) -> ActorCritic:
+def make_actor_critic(
+    policy: Any, critic: Any, args: PPOConfig, tokenizer: Any = None, *, n_streams: int
+) -> ActorCritic:
     """Policy and critic; without a use for the critic its head stays as it is.
+
+    Args:
+        policy: A causal language model.
+        critic: None for a value head on the policy's trunk, or as in :func:`lmppo.critics.load_critic`.
+        args: The configuration.
+        tokenizer: The policy's.
+        n_streams: Number of reward streams.
 
     Raises:
         ValueError: A critic is given, and the baseline uses none; or its labels or vocabulary do not fit.
@@ -192,7 +202,8 @@ def make_actor_critic(policy: Any, critic: Any, args: PPOConfig, *, n_streams: i
     """
     if critic is not None and not args.uses_critic:
         raise ValueError(f"baseline={args.baseline!r} uses no critic: leave critic out, or set baseline='critic'.")
-    model = ActorCritic(policy, None if critic is None else load_critic(critic, policy, n_streams), n_streams)
+    own = None if critic is None else load_critic(critic, policy, n_streams, tokenizer=tokenizer)
+    model = ActorCritic(policy, own, n_streams)
     if not args.uses_critic:
         model.value_head.requires_grad_(False)
     return model

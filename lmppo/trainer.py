@@ -62,7 +62,7 @@ class PPOTrainer:
         reward_processing_classes: Tokenizers of the reward models.
         peft_config: Train an adapter; the reference is then the same model with the adapter off.
         ref_model: The reference, if it is not the policy as it is now.
-        critic: None: a value head on the policy's trunk. Otherwise a token-classification model, or a model's name.
+        critic: A token-classification model, a model's name, ``auto:<name>`` (if it fits), or None: a value head.
         callbacks: transformers callbacks, or their classes.
         run_settings: What else decides the outcome; kept in ``run_config.yaml``, and a run is not continued with another.
         reward_streams: In place of ``reward_funcs``: several kinds of reward, each with its own discount and its own
@@ -111,7 +111,7 @@ class PPOTrainer:
             self.streams, self.args.reward_weights, reward_processing_classes, device=self.accelerator.device
         )
         self.params = make_sampling_params(self.args, self.processing_class, policy)
-        actor_critic = make_actor_critic(policy, critic, self.args, n_streams=len(self.streams))
+        actor_critic = make_actor_critic(policy, critic, self.args, self.processing_class, n_streams=len(self.streams))
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
         self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)

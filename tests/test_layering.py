@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("functional",),
     ("config", "experience", "step_zero", "kl_control", "schedule", "tables", "plots"),
-    ("models", "prompts", "classifier_reward", "rewards", "sampling"),
+    ("models", "critics", "prompts", "classifier_reward", "rewards", "sampling"),
     ("rollout", "estimators", "metrics", "trpo", "objectives", "update", "checkpoint", "run_dir", "build"),
     ("saved_rollouts", "trainer"),
     ("explain_page", "explain", "cli", "__main__"),
