@@ -18,10 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
-from transformers.utils import logging as hf_logging
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lmppo.config import PPOConfig
 from lmppo.functional import token_logprobs
 from lmppo.functional._inputs import widen
 from lmppo.records import Tokens
@@ -340,86 +338,3 @@ class Reference:
 
     def _adapter_off(self) -> contextlib.AbstractContextManager:
         return self.model.disable_adapter() if self.adapter_off else contextlib.nullcontext()
-
-
-def load_critic(critic: "str | PreTrainedModel", policy: Any, n_streams: int = 1) -> PreTrainedModel:
-    """A critic of its own: a token-classification model with one label per stream.
-
-    A name may also be that of a sequence-classification (reward) model: its value of a prefix is then, at first, the
-    reward it would give that prefix (one label: the logit; two: the log-odds of the second). A language model's trunk
-    gets a new head, which starts at zero.
-
-    Raises:
-        OSError: The critic cannot be loaded.
-        ValueError: Its labels or its vocabulary do not fit.
-    """
-    if isinstance(critic, str | Path):
-        critic = _load_critic_weights(str(critic), n_streams)
-    if getattr(critic.config, "num_labels", None) != n_streams:
-        raise ValueError(f"critic has {critic.config.num_labels} labels; expected {n_streams}, one per reward stream.")
-    n_vocab, n_policy = critic.get_input_embeddings().num_embeddings, policy.get_input_embeddings().num_embeddings
-    if n_vocab < n_policy:
-        raise ValueError(
-            f"critic knows {n_vocab} tokens and the policy {n_policy}: they must share the tokenizer. Train the "
-            f"critic's model with the policy's tokenizer, or leave critic out to share the policy's trunk."
-        )
-    return critic.float()
-
-
-def _load_critic_weights(name: str, n_streams: int) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    config = load_weights_config(AutoConfig, name)
-    architectures = config.architectures or [""]
-    if "ForTokenClassification" in architectures[0] and config.num_labels != n_streams:
-        raise ValueError(
-            f"critic {name!r} has {config.num_labels} labels; expected {n_streams}, one per reward stream."
-        )
-    config.problem_type, config.num_labels = "regression", n_streams  # a classifier's own is refused with one label
-    with _no_load_report():  # it would call the head new, which is what is wanted
-        critic = load_weights(AutoModelForTokenClassification, name, config=config, ignore_mismatched_sizes=True)
-    if "ForTokenClassification" in architectures[0]:
-        return critic
-    head = next(m for n, m in critic.named_modules() if n in ("score", "classifier"))
-    nn.init.zeros_(head.weight)
-    if head.bias is not None:
-        nn.init.zeros_(head.bias)
-    if "ForSequenceClassification" in architectures[0]:
-        scorer = load_weights(AutoModelForSequenceClassification, name)
-        if n_streams == 1 and scorer.config.num_labels <= 2 and hasattr(scorer, "score"):
-            weight = scorer.score.weight.data
-            head.weight.data.copy_(weight[-1:] - weight[:1] if len(weight) == 2 else weight)
-    return critic
-
-
-@contextlib.contextmanager
-def _no_load_report() -> Iterator[None]:
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(before)
-
-
-def load_weights_config(auto_config: Any, name: str) -> Any:
-    """The configuration behind a name, with the same message as :func:`load_weights` when there is none."""
-    try:
-        return auto_config.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise OSError(f"Could not load a model configuration from {name!r}: {str(error).splitlines()[0]}") from error
-
-
-def make_actor_critic(policy: Any, critic: Any, args: PPOConfig, *, n_streams: int) -> ActorCritic:
-    """Policy and critic; without a use for the critic its head stays as it is.
-
-    Raises:
-        ValueError: A critic is given, and the baseline uses none; or its labels or vocabulary do not fit.
-        OSError: The critic cannot be loaded.
-    """
-    if critic is not None and not args.uses_critic:
-        raise ValueError(f"baseline={args.baseline!r} uses no critic: leave critic out, or set baseline='critic'.")
-    model = ActorCritic(policy, None if critic is None else load_critic(critic, policy, n_streams), n_streams)
-    if not args.uses_critic:
-        model.value_head.requires_grad_(False)
-    return model

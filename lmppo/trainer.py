@@ -17,12 +17,13 @@ from lmppo.checks import check_kl_zero, rounding_tolerance
 from lmppo.collector import Collector, ScoredRollout
 from lmppo.config import PPOConfig, RewardStream
 from lmppo.control import Control
+from lmppo.critics import make_actor_critic
 from lmppo.estimators import Estimate, estimate, shape_rewards
 from lmppo.functional import approx_kl
 from lmppo.launch import make_accelerator
 from lmppo.loss import Penalties
 from lmppo.metrics import critic_metrics, rollout_metrics
-from lmppo.models import ActorCritic, Reference, load_policy, make_actor_critic
+from lmppo.models import ActorCritic, Reference, load_policy
 from lmppo.optimizer import make_optimizer, set_learning_rates
 from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
 from lmppo.records import Experience, Rollout
@@ -119,7 +120,7 @@ class PPOTrainer:
 
         # The critic, the prompts and the optimizer.
         params = SamplingParams.of(self.args, self.processing_class, policy)
-        actor_critic = make_actor_critic(policy, critic, self.args, n_streams=len(self.streams))
+        actor_critic = make_actor_critic(policy, critic, self.args, self.processing_class, n_streams=len(self.streams))
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
         self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)

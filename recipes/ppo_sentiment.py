@@ -31,7 +31,7 @@ class RecipeArguments:
     )
     prompt_tokens: int = field(default=8, metadata={"help": "Tokens of the prompts cut from a `text` column."})
     critic_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A critic of its own (default: a value head on the policy's trunk)."}
+        default=None, metadata={"help": "A critic; auto:<name>: if it reads the policy's tokens; none: a value head."}
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the reference is the adapter off."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})

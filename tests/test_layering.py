@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("functional",),
     ("config", "checks", "records", "support", "control", "tables", "plots"),
-    ("models", "prompts", "classifier_reward", "rewards", "streams", "sampling", "optimizer"),
+    ("models", "critics", "prompts", "classifier_reward", "rewards", "streams", "sampling", "optimizer"),
     ("collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
     ("run", "saved_rollouts", "trainer"),
     ("explain_page", "explain", "cli", "__main__"),

@@ -1,7 +1,5 @@
 """Policy, critic and reference: the answer for a row is the one it gets alone, without any padding and with no masks."""
 
-import copy
-
 import pytest
 import torch
 from builders import (
@@ -23,13 +21,12 @@ from builders import (
 )
 from fakes import tiny_gpt2
 from peft import PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
+from transformers import GPT2Config, GPT2Model
 
 from lmppo.functional import token_logprobs
 from lmppo.models import (
     ActorCritic,
     Reference,
-    load_critic,
     load_policy,
     position_ids_of,
 )
@@ -285,72 +282,3 @@ def test_an_adapter_of_the_users_is_trained_on(tmp_path):
     get_peft_model(gpt2(), lora()).save_pretrained(tmp_path)
     policy = load_policy(PeftModel.from_pretrained(gpt2(), tmp_path, is_trainable=True))
     assert ActorCritic(policy).policy_parameters()
-
-
-# --- critics ---------------------------------------------------------------------------------------------------------
-
-
-def values_of(critic):
-    ids, mask = encode("abc", "d")
-    return read(ActorCritic(gpt2(), critic), ids, mask, ids, mask)[1]
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_a_critic_from_a_language_model_starts_at_zero_on_its_trunk(tmp_path, family):
-    MODELS[family](seed=4).save_pretrained(tmp_path)
-    critic = load_critic(str(tmp_path), MODELS[family]())
-    assert values_of(critic).eq(0).all()
-    trunk = MODELS[family](seed=4).base_model.state_dict()
-    assert all(torch.equal(tensor, trunk[name]) for name, tensor in critic.base_model.state_dict().items())
-
-
-def test_a_critic_from_a_reward_model_starts_with_its_score(tmp_path):
-    torch.manual_seed(2)
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    scorer = GPT2ForSequenceClassification(GPT2Config(vocab_size=VOCAB, num_labels=1, pad_token_id=0, **sizes))
-    scorer.save_pretrained(tmp_path)
-    critic = load_critic(str(tmp_path), gpt2())
-    ids = torch.tensor([[1, 2, 3, 4]])  # the state before a completion's first token is the whole prompt
-    with torch.no_grad():
-        value = read(ActorCritic(gpt2(), critic), ids, ids.bool(), torch.tensor([[5]]), torch.tensor([[True]]))[1]
-        torch.testing.assert_close(value[0, 0], scorer.eval()(input_ids=ids).logits[0])
-
-
-def test_a_critic_from_a_classifier_of_two_labels_starts_with_its_log_odds(tmp_path):
-    torch.manual_seed(2)
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5, "bos_token_id": 0, "eos_token_id": 0}
-    scorer = GPT2ForSequenceClassification(GPT2Config(vocab_size=VOCAB, num_labels=2, pad_token_id=0, **sizes))
-    scorer.save_pretrained(tmp_path)
-    ids = torch.tensor([[1, 2, 3, 4]])
-    with torch.no_grad():
-        values = ActorCritic(gpt2(), load_critic(str(tmp_path), gpt2()))(Tokens(ids, ids.bool(), ids, ids.bool()))[
-            "values"
-        ]
-        p = scorer.eval()(input_ids=ids).logits[0].softmax(-1)
-    torch.testing.assert_close(values[0, 0, 0], (p[1] / p[0]).log(), atol=1e-5, rtol=1e-5)
-
-
-def test_a_saved_critic_comes_back_whole(tmp_path):
-    critic = critic_of()
-    critic.save_pretrained(tmp_path)
-    torch.testing.assert_close(values_of(load_critic(str(tmp_path), gpt2())), values_of(copy.deepcopy(critic)))
-
-
-def test_a_critic_of_another_vocabulary_is_refused():
-    with pytest.raises(ValueError, match=r"critic knows 5 tokens and the policy 12.*tokenizer"):
-        load_critic(critic_of(vocab_size=5), gpt2())
-
-
-def test_a_critic_with_several_labels_is_refused():
-    critic = critic_of()
-    critic.config.num_labels = 3
-    with pytest.raises(ValueError, match="critic has 3 labels; expected 1"):
-        load_critic(critic, gpt2())
-
-
-def test_a_named_critic_with_the_wrong_number_of_labels_is_refused(tmp_path):
-    """It would get a random head otherwise."""
-    critic_of(num_labels=1).save_pretrained(tmp_path / "one")
-    with pytest.raises(ValueError, match="has 1 labels; expected 3, one per reward stream"):
-        load_critic(str(tmp_path / "one"), gpt2(), n_streams=3)
-    assert load_critic(str(tmp_path / "one"), gpt2()).config.num_labels == 1
