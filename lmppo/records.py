@@ -1,79 +1,18 @@
-"""The records that flow from the rollout to the update: tensors whose axes are declared.
+"""The records that flow from the rollout to the update.
 
 Axes: ``B`` completions, ``P`` prompt positions, ``T`` completion positions, ``S = P + T``, ``V`` vocabulary, ``K`` reward
-streams. Checking, selecting rows, cutting padding and gathering read the declarations, never a field's name.
+streams.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lmppo.support import Support
-
-INTEGERS = (torch.uint8, torch.int32)
-
-
-def axes(names: str, *dtypes: torch.dtype) -> Any:
-    """A field that holds a tensor with these axes, such as ``"B T K"``.
-
-    Args:
-        names: The axes, the first of them ``B``. An axis has one size throughout a record.
-        dtypes: What the tensor may hold; none given: floating-point numbers.
-    """
-    return field(metadata={"axes": tuple(names.split()), "dtypes": dtypes})
-
-
-@dataclass(frozen=True)
-class Record:
-    """Tensors with declared axes, and records of such tensors.
-
-    Raises:
-        ValueError: Tensors disagree on the size of an axis, or one has another number of axes than declared.
-        TypeError: A tensor has the wrong dtype.
-    """
-
-    def __post_init__(self) -> None:
-        self._check(type(self).__name__, {})
-
-    def __len__(self) -> int:
-        return self.sizes()["B"]
-
-    def sizes(self) -> dict[str, int]:
-        """The size of each axis."""
-        sizes: dict[str, int] = {}
-        self._check(type(self).__name__, sizes)
-        return sizes
-
-    def map(self, function: Callable[[Tensor, tuple[str, ...]], Tensor]) -> Self:
-        """The record with every tensor replaced by ``function(tensor, axes)``, in the records within it as well."""
-        changed: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Record):
-                changed[f.name] = value.map(function)
-            elif "axes" in f.metadata:
-                changed[f.name] = function(value, f.metadata["axes"])
-        return replace(self, **changed)
-
-    def rows(self, rows: Tensor | slice) -> Self:
-        """The record of some rows only (an index tensor, a boolean mask, or a slice)."""
-        return self.map(lambda tensor, _: tensor[rows])
-
-    def cut(self, **kept: slice) -> Self:
-        """The record with some axes cut, such as ``T=slice(0, 5)``, wherever they occur."""
-        return self.map(lambda tensor, names: tensor[tuple(kept.get(name, slice(None)) for name in names)])
-
-    def _check(self, name: str, sizes: dict[str, int]) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Record):
-                value._check(f"{name}.{f.name}", sizes)
-            elif "axes" in f.metadata:
-                _check_tensor(f"{name}.{f.name}", value, f.metadata["axes"], f.metadata["dtypes"], sizes)
+from lmppo.axes import Record, axes
+from lmppo.support import Support
 
 
 @dataclass(frozen=True)
@@ -159,7 +98,7 @@ class TokenRecord(Record):
 class Samples(TokenRecord):
     """What was sampled; meanings as in :class:`Rollout`."""
 
-    support: "Support"
+    support: Support
     logprobs: Tensor = axes("B T")
     values: Tensor = axes("B T K")
     ended: Tensor = axes("B", torch.bool)
@@ -186,7 +125,7 @@ class Rollout(TokenRecord):
         max_logit: ``(B,)`` the largest |logit| that the tokens of a row were sampled from, -inf left out.
     """
 
-    support: "Support"
+    support: Support
     logprobs: Tensor = axes("B T")
     ref_logprobs: Tensor = axes("B T")
     values: Tensor = axes("B T K")
@@ -216,7 +155,7 @@ class Experience(TokenRecord):
         returns: ``(B, T, K)`` the critic's targets.
     """
 
-    support: "Support"
+    support: Support
     old_logprobs: Tensor = axes("B T")
     ref_logprobs: Tensor = axes("B T")
     old_values: Tensor = axes("B T K")
@@ -245,16 +184,3 @@ class Experience(TokenRecord):
             advantages=advantages,
             returns=returns,
         )
-
-
-def _check_tensor(
-    name: str, tensor: Tensor, names: tuple[str, ...], dtypes: tuple[torch.dtype, ...], sizes: dict[str, int]
-) -> None:
-    shape = tuple(tensor.shape)
-    expected = tuple(sizes.setdefault(axis, size) for axis, size in zip(names, shape, strict=False))
-    if shape != expected or len(shape) != len(names):
-        known = ", ".join(f"{axis} = {sizes[axis]}" if axis in sizes else axis for axis in names)
-        raise ValueError(f"{name} has shape {shape}; expected ({known}).")
-    if tensor.dtype not in dtypes if dtypes else not tensor.is_floating_point():
-        kinds = " or ".join(map(str, dtypes)) or "a floating type"
-        raise TypeError(f"{name} is {tensor.dtype}; expected {kinds}.")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmppo.records import Record, axes
+from lmppo.axes import Record, axes
 
 
 @dataclass(frozen=True)

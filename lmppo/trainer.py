@@ -132,7 +132,13 @@ class PPOTrainer:
 
         # What runs: the controllers, the run on disk, the collector of rollouts.
         self.control = Control(self.args)
-        self.run = Run(
+        self.run = self._make_run(dict(run_settings or {}), callbacks)
+        parts = (self.rewards, self.processing_class, params, self.args, self.accelerator, self.state)
+        self.collector = Collector(self.model, self.reference, *parts)
+        self.newest: Step | None = None
+
+    def _make_run(self, run_settings: dict[str, Any], callbacks: Any) -> Run:
+        return Run(
             self.args,
             self.accelerator,
             self.actor_critic,
@@ -143,21 +149,10 @@ class PPOTrainer:
                 "reward_funcs": self.rewards.names,
                 "reward_streams": [[s.name, s.weight, s.gamma, s.lam, len(s.reward_funcs)] for s in self.streams],
                 "train_dataset": self.prompts.fingerprint,
-                "run_settings": dict(run_settings or {}),
+                "run_settings": run_settings,
             },
             callbacks=callbacks,
         )
-        self.collector = Collector(
-            self.model,
-            self.reference,
-            self.rewards,
-            self.processing_class,
-            params,
-            self.args,
-            self.accelerator,
-            self.state,
-        )
-        self.newest: Step | None = None
 
     @property
     def actor_critic(self) -> ActorCritic:
