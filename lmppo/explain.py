@@ -22,7 +22,7 @@ FORMATS = ("html", "table", "json")
 # Settings worth seeing beside the numbers they made, where a run has them.
 _SHOWN_SETTINGS = (
     "estimator", "baseline", "gamma", "lam", "critic_lam", "adaptive_lam_alpha", "whiten_advantages", "objective",
-    "clip_range", "clip_range_high", "dual_clip", "kl_coef", "kl_estimator", "kl_placement", "truncation", "temperature",
+    "clip_range", "clip_range_high", "dual_clip", "kl_coef", "kl_form", "truncation", "temperature",
     "ppo_epochs", "learning_rate",
 )  # fmt: skip
 
@@ -232,8 +232,8 @@ def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
             saved.clipped,
         ),
     }
-    if saved.settings["kl_estimator"] != "k1":
-        columns["kl_penalty"] = ("the KL that the reward pays for, by kl_estimator", saved.kl_penalty)
+    if saved.settings["kl_form"] != "k1_reward":
+        columns["kl_penalty"] = ("the KL to the reference, as kl_form measures it", saved.kl_penalty)
     for k, name in enumerate(saved.streams if several else []):
         alone = f"of the stream {name!r} alone, its weight included"
         for quantity, numbers in (("reward", saved.rewards), ("value", saved.values), ("return", saved.returns)):

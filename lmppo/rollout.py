@@ -69,7 +69,7 @@ def collect_rollout(
         reference: The reference policy.
         rewards: The reward functions.
         prompts: The global batch; this process works on its share.
-        config: Gives ``seed``, ``micro_batch_size``, ``kl_estimator`` and ``truncation``.
+        config: Gives ``seed``, ``micro_batch_size``, ``kl_form`` and ``truncation``.
         tokenizer: The policy's tokenizer.
         params: The distribution to sample.
         accelerator: Tells the processes apart.
@@ -131,8 +131,8 @@ def _kl_penalty(
     config: PPOConfig,
 ) -> Tensor:
     """``(B, T)`` the KL to the reference per token, by the configured estimator; the exact one a few rows at a time."""
-    if config.kl_estimator != "exact":
-        estimator = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[config.kl_estimator]
+    if config.kl_measure != "exact":
+        estimator = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[config.kl_measure]
         return torch.where(samples.completion_mask, estimator(logprobs, ref_logprobs), 0.0)
     result = torch.zeros_like(logprobs)
     for start in range(0, len(result), config.micro_batch_size):

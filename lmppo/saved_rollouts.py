@@ -51,7 +51,7 @@ class SavedRollouts:
         ref_logprobs: ``(N, T)`` under the reference.
         values: ``(N, T, K)`` the critic before the update, of the state before each token.
         scores: ``(N, T, K)`` what the reward functions gave.
-        kl_penalty: ``(N, T)`` the KL to the reference that the rewards pay for, by ``kl_estimator``.
+        kl_penalty: ``(N, T)`` the KL to the reference that the rewards pay for, by ``kl_form``.
         rewards: ``(N, T, K)`` what the estimator got: the scores with the penalties.
         returns: ``(N, T, K)`` the critic's targets.
         bootstrap_values: ``(N, K)`` the value of the state after the last token, 0 where the episode ended there.

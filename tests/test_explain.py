@@ -411,6 +411,14 @@ def test_lam_is_shown_where_it_means_something(saved):
     assert "taste (gamma 0.9, weight 2.0), kl (gamma 1.0, weight 1.0)" in text and "lam" not in text
 
 
+def test_another_measure_of_the_kl_than_k1_has_a_column(saved, report):
+    assert "kl_penalty" not in report["columns"] and report["settings"]["kl_form"] == "k1_reward"
+    other = dataclasses.replace(saved, settings=saved.settings | {"kl_form": "k3_both"}, kl_penalty=saved.logprobs**2)
+    report = make_report(other, Path("run"))
+    assert report["settings"]["kl_form"] == "k3_both" and "kl_form" in report["columns"]["kl_penalty"]
+    assert torch.equal(column(report, "kl_penalty"), (saved.logprobs**2)[saved.mask])
+
+
 def test_without_whitening_the_page_does_not_speak_of_it(saved, tmp_path):
     raw = dataclasses.replace(saved, settings=saved.settings | {"whiten_advantages": False})
     assert "whitened" not in make_report(raw, tmp_path)["columns"]["advantage"]
