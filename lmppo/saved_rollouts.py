@@ -23,7 +23,7 @@ from lmppo.functional import kl_k1, rewards_to_go, td_residuals
 from lmppo.functional.kl import MAX_LOG_RATIO
 from lmppo.rollout import ScoredRollout
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 since kl_form
 TENSORS, TEXTS = "rollouts.safetensors", "rollouts.json"
 _BROKEN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
@@ -207,7 +207,7 @@ def load_saved_rollouts(directory: Path) -> SavedRollouts:
     """The rollouts that a checkpoint's directory holds.
 
     Raises:
-        CheckpointError: There are none, they are damaged, or they were made by a newer lmppo.
+        CheckpointError: There are none, they are damaged, or they were made by an earlier or a newer lmppo.
     """
     if not (directory / TEXTS).exists():
         raise CheckpointError(f"{directory} holds no saved rollouts: train with save_rollouts=N to keep N of each.")
@@ -216,6 +216,11 @@ def load_saved_rollouts(directory: Path) -> SavedRollouts:
         version = texts.pop("format_version")
         if version > FORMAT_VERSION:
             raise CheckpointError(f"{directory}: its rollouts were saved by a newer lmppo (format {version}): upgrade.")
+        if version < FORMAT_VERSION:
+            raise CheckpointError(
+                f"{directory}: its rollouts were saved by an earlier lmppo (format {version}), which this one cannot "
+                f"show: use that version, or train again with save_rollouts=N to keep N of each."
+            )
         return SavedRollouts(**texts | load_file(directory / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: {TENSORS} and {TEXTS} are damaged or do not belong together.") from error

@@ -632,7 +632,7 @@ def test_html_goes_with_html_only(run, capsys):
     assert caught.value.code == 2 and "--format json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format_version": 1}', None], ids=str)
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format_version": 2}', None], ids=str)
 def test_damage_is_named(parts, tmp_path, damage):
     directory = parts.save(tmp_path / "c")
     if damage is None:
@@ -643,12 +643,23 @@ def test_damage_is_named(parts, tmp_path, damage):
         load_saved_rollouts(directory)
 
 
-def test_files_of_a_newer_lmppo_are_refused(parts, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (3, r"saved by a newer lmppo \(format 3\): upgrade"),
+        (1, r"saved by an earlier lmppo \(format 1\), .* use that version, or train again with save_rollouts=N"),
+    ],
+)
+def test_files_of_another_format_are_refused_with_a_remedy(parts, tmp_path, version, message):
     directory = parts.save(tmp_path / "c")
     texts = json.loads((directory / "rollouts.json").read_text())
-    (directory / "rollouts.json").write_text(json.dumps(texts | {"format_version": 2}))
-    with pytest.raises(CheckpointError, match="newer lmppo"):
+    assert texts["format_version"] == 2
+    (directory / "rollouts.json").write_text(json.dumps(texts | {"format_version": version}))
+    with pytest.raises(CheckpointError, match=message):
         load_saved_rollouts(directory)
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(["explain", str(directory)])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_command_is_installed_and_help_is_quick():
