@@ -28,6 +28,7 @@ from lmppo.build import (
 from lmppo.config import PPOConfig, RewardStream
 from lmppo.estimators import estimate, shape_rewards
 from lmppo.experience import Experience
+from lmppo.explain import save_rollouts
 from lmppo.functional import approx_kl
 from lmppo.kl_control import AdaptiveBeta
 from lmppo.metrics import MetricsFile, completion_columns, critic_metrics, rollout_metrics
@@ -38,7 +39,6 @@ from lmppo.rewards import RewardSet
 from lmppo.rollout import ScoredRollout, collect_rollout
 from lmppo.run_dir import changed_settings, discard_unsaved, find_resume_point, write_run_config
 from lmppo.sampling import EVALUATION, ROLLOUT
-from lmppo.saved_rollouts import save_rollouts
 from lmppo.schedule import CriticWarmup, set_learning_rates
 from lmppo.step_zero import check_kl_zero, rounding_tolerance
 from lmppo.tables import print_completions

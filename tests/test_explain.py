@@ -20,12 +20,19 @@ from lmppo.checkpoint import CheckpointError, checkpoint_dir
 from lmppo.cli import main
 from lmppo.config import PPOConfig, RewardStream
 from lmppo.experience import Experience, Rollout
-from lmppo.explain import explain, find_saved, make_report
-from lmppo.explain_page import colour_scale, render_page, visible
+from lmppo.explain import (
+    explain,
+    find_saved,
+    load_saved_rollouts,
+    make_report,
+    render_page,
+    save_rollouts,
+    token_texts,
+)
+from lmppo.explain.page import colour_scale, visible
 from lmppo.functional import clip_fraction, clipped_policy_loss, gae, kl_shaped_rewards, masked_whiten, rewards_to_go
 from lmppo.models import ActorCritic
 from lmppo.rollout import ScoredRollout, decode_completions
-from lmppo.saved_rollouts import load_saved_rollouts, save_rollouts, token_texts
 
 ROOT = Path(__file__).parent.parent
 KEPT = 4
@@ -563,7 +570,7 @@ def with_three_streams(saved):
 @pytest.mark.parametrize("change", [lambda saved: saved, with_three_streams], ids=["two", "three"])
 def test_the_table_has_every_number_whole(saved, tmp_path, capsys, monkeypatch, change, columns):
     on_screen(monkeypatch, columns)
-    monkeypatch.setattr("lmppo.explain.load_saved_rollouts", lambda directory: change(saved))
+    monkeypatch.setattr("lmppo.explain.report.load_saved_rollouts", lambda directory: change(saved))
     (tmp_path / "rollouts.json").touch()
     explain(tmp_path, format="table")
     report, text = make_report(change(saved), tmp_path), printed(capsys, columns)
@@ -584,7 +591,7 @@ def test_the_table_has_every_number_whole(saved, tmp_path, capsys, monkeypatch, 
 def test_long_tokens_are_folded_and_numbers_are_not(saved, tmp_path, capsys, monkeypatch):
     on_screen(monkeypatch, 80)
     nasty = dataclasses.replace(saved, texts=[["漢" * 30 for _ in row] for row in saved.texts])
-    monkeypatch.setattr("lmppo.explain.load_saved_rollouts", lambda directory: nasty)
+    monkeypatch.setattr("lmppo.explain.report.load_saved_rollouts", lambda directory: nasty)
     (tmp_path / "rollouts.json").touch()
     explain(tmp_path, rows=[0], format="table")
     (shown,) = printed_numbers(printed(capsys, 80))
@@ -596,7 +603,7 @@ def test_long_tokens_are_folded_and_numbers_are_not(saved, tmp_path, capsys, mon
 
 def test_the_table_shows_control_characters(saved, tmp_path, capsys, monkeypatch):
     nasty = dataclasses.replace(saved, prompts=["\x1b[31m"] * KEPT, texts=[["\x1b[2J" for _ in r] for r in saved.texts])
-    monkeypatch.setattr("lmppo.explain.load_saved_rollouts", lambda directory: nasty)
+    monkeypatch.setattr("lmppo.explain.report.load_saved_rollouts", lambda directory: nasty)
     (tmp_path / "rollouts.json").touch()
     explain(tmp_path, format="table")
     assert "\x1b" not in (output := capsys.readouterr().out) and "\\x1b[2J" in output
