@@ -60,7 +60,7 @@ class Collector:
         rewards: The reward functions.
         tokenizer: The policy's tokenizer.
         params: The distribution to sample.
-        config: Gives ``seed``, ``micro_batch_size``, ``kl_estimator`` and ``truncation``.
+        config: Gives ``seed``, ``micro_batch_size``, ``kl_form`` and ``truncation``.
         accelerator: Tells the processes apart.
         trainer_state: Handed to the reward functions.
     """
@@ -140,8 +140,8 @@ class Collector:
     @torch.no_grad()
     def _kl_penalty(self, samples: Samples, ref_logprobs: Tensor) -> Tensor:
         """``(B, T)`` the KL to the reference per token, by the configured estimator; the exact one by micro-batches."""
-        if self.config.kl_estimator != "exact":
-            estimator = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[self.config.kl_estimator]
+        if self.config.kl_measure != "exact":
+            estimator = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[self.config.kl_measure]
             return torch.where(samples.completion_mask, estimator(samples.logprobs, ref_logprobs), 0.0)
 
         def exact(micro: Samples) -> Tensor:

@@ -62,14 +62,14 @@ def shape_rewards(
 
     Args:
         rollout: The rollout.
-        config: Gives ``kl_placement``, ``truncation`` and ``truncation_penalty``.
+        config: Gives ``kl_form``, ``truncation`` and ``truncation_penalty``.
         streams: The reward streams.
         kl_coef: Price of a nat.
     """
     payer = kl_stream(streams or ())
     rewards = []
     for k in range(rollout.scores.shape[-1]):
-        coef = kl_coef if k == payer and config.kl_placement != "loss" else 0.0
+        coef = kl_coef if k == payer and config.kl_in_reward else 0.0
         scores = rollout.scores[..., k]
         if k == payer and config.truncation == "penalty":
             scores = scores - config.truncation_penalty * _last_token_of_cut_rows(rollout)

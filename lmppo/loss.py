@@ -18,7 +18,6 @@ from lmppo.functional import (
     clipped_value_loss,
     exact_kl,
     importance_sampled_loss,
-    kl_k1,
     kl_k2,
     kl_k3,
     kl_penalized_policy_loss,
@@ -38,7 +37,7 @@ class Penalties:
     Attributes:
         beta: Price of a nat from the old policy, with ``objective='kl_penalty'``.
         kl_coef: Price of a nat from the reference within the loss, in the unit of the advantages; 0: none there.
-        reference: The reference policy, with ``kl_estimator='exact'`` in the loss.
+        reference: The reference policy, with the exact KL in the loss.
     """
 
     beta: float = 0.0
@@ -167,13 +166,13 @@ def reference_kl(
         logits: ``(B, T, V)`` now.
         logprobs: ``(B, T)`` now.
         micro: The rows.
-        config: Gives ``kl_estimator`` and ``temperature``.
+        config: Gives ``kl_form`` and ``temperature``.
         penalties: Gives the reference.
     """
-    if config.kl_estimator == "exact":
+    if config.kl_measure == "exact":
         assert penalties.reference is not None
         ref_logits = penalties.reference.logits(micro.tokens)
         kl = exact_kl(logits, ref_logits, temperature=config.temperature, support=micro.support.allowed())
     else:
-        kl = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[config.kl_estimator](logprobs, micro.ref_logprobs)
+        kl = {"k2": kl_k2, "k3": kl_k3}[config.kl_measure](logprobs, micro.ref_logprobs)
     return torch.where(micro.completion_mask, kl, 0.0)

@@ -117,7 +117,7 @@ class Rollout(TokenRecord):
         values: ``(B, T, K)`` the critic's value of the state each token was chosen in.
         scores: ``(B, T, K)`` what the reward functions gave, before any KL penalty: a score for the whole completion
             stands on its last token.
-        kl_penalty: ``(B, T)`` the KL to the reference that the rewards pay for, by ``kl_estimator``; for k1 it is
+        kl_penalty: ``(B, T)`` the KL to the reference that the rewards pay for, by ``kl_form``; for k1 it is
             ``kl_to_ref``.
         bootstrap_values: ``(B, K)`` the critic's value of the last state of a completion that was cut, with
             ``truncation='bootstrap'``; else 0.

@@ -19,6 +19,7 @@ from lmppo.config import PPOConfig, RewardStream
 from lmppo.control import Control
 from lmppo.critics import make_actor_critic
 from lmppo.estimators import Estimate, estimate, shape_rewards
+from lmppo.explain import save_rollouts
 from lmppo.functional import approx_kl
 from lmppo.launch import make_accelerator
 from lmppo.loss import Penalties
@@ -30,7 +31,6 @@ from lmppo.records import Experience, Rollout
 from lmppo.rewards import RewardSet
 from lmppo.run import Run
 from lmppo.sampling import EVALUATION, SamplingParams
-from lmppo.saved_rollouts import save_rollouts
 from lmppo.streams import make_streams
 from lmppo.trpo import trpo_update
 from lmppo.update import critic_epochs, critic_update, logprobs_now, ppo_update

@@ -184,7 +184,7 @@ def test_the_stream_named_kl_pays_for_the_kl():
 
 
 def test_a_penalty_in_the_loss_is_not_in_the_reward(rollout):
-    rewards = shape_rewards(rollout, config("gae", kl_placement="loss", kl_estimator="k2"), kl_coef=0.5)
+    rewards = shape_rewards(rollout, config("gae", kl_form="k2_loss"), kl_coef=0.5)
     mask = rollout.completion_mask
     torch.testing.assert_close(rewards[mask], rollout.scores[mask])
 

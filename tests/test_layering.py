@@ -14,8 +14,8 @@ LAYERS = (
     ("config", "checks", "axes", "support", "records", "control", "tables", "plots"),
     ("models", "critics", "prompts", "classifier_reward", "rewards", "streams", "sampling", "optimizer"),
     ("collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
-    ("run", "saved_rollouts", "trainer"),
-    ("explain_page", "explain", "cli", "__main__"),
+    ("run", "explain", "trainer"),
+    ("cli", "__main__"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 

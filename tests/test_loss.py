@@ -60,25 +60,27 @@ def test_each_objective_is_its_definition(name):
     assert loss.item() == pytest.approx(sum(expected) / count, abs=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:kl_estimator")
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_a_sampled_kl_in_the_loss_is_its_definition(estimator):
+@pytest.mark.filterwarnings("ignore:kl_form")
+@pytest.mark.parametrize("form", ["k2_loss", "k3_loss", "k3_both"])
+def test_a_sampled_kl_in_the_loss_is_its_definition(form):
     model, experience = setting()
-    settings = config(kl_estimator=estimator, kl_placement="loss", **CLIP)
+    settings = config(kl_form=form, **CLIP)
     count = int(experience.completion_mask.sum())
     alone, _ = ppo_loss(model, experience, settings, Penalties(), heads=["logits"], token_count=count)
     with_kl, sums = ppo_loss(model, experience, settings, Penalties(kl_coef=0.4), heads=["logits"], token_count=count)
     differences = [now - ref for now, _, _, ref in tokens(model, experience)]
-    per_token = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d}[estimator]
+    per_token = {"k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d}[form.partition("_")[0]]
     expected = sum(map(per_token, differences))
     assert sums["kl_loss"].item() == pytest.approx(expected, abs=1e-3)
     assert (with_kl - alone).item() == pytest.approx(0.4 * expected / count, abs=1e-5)
 
 
-def test_the_exact_kl_in_the_loss_is_the_sum_over_the_vocabulary():
+@pytest.mark.filterwarnings("ignore:kl_form")
+@pytest.mark.parametrize("form", ["exact_both", "exact_loss"])
+def test_the_exact_kl_in_the_loss_is_the_sum_over_the_vocabulary(form):
     model, experience = setting()
     other = gpt2(seed=6)
-    settings = config(kl_estimator="exact", kl_placement="both", temperature=0.7)
+    settings = config(kl_form=form, temperature=0.7)
     count = int(experience.completion_mask.sum())
     penalties = Penalties(kl_coef=0.4, reference=Reference(model.policy, other))
     _, sums = ppo_loss(model, experience, settings, penalties, heads=["logits"], token_count=count)
@@ -256,9 +258,7 @@ def test_a_penalty_in_the_loss_has_the_advantages_unit(tmp_path, monkeypatch, wh
         return ppo_update(model, optimizer, experience, config, accelerator, **kwargs)
 
     monkeypatch.setattr("lmppo.trainer.ppo_update", spy)
-    trainer = make_trainer(
-        tmp_path, kl_estimator="exact", kl_placement="both", kl_coef=0.3, max_steps=1, whiten_advantages=whiten
-    )
+    trainer = make_trainer(tmp_path, kl_form="exact_both", kl_coef=0.3, max_steps=1, whiten_advantages=whiten)
     row = trainer.step()
     deviation = row["advantage/std"] if whiten else 1.0
     assert seen["penalties"].kl_coef == pytest.approx(0.3 / deviation, rel=1e-4)

@@ -132,7 +132,7 @@ def test_every_name_that_is_logged_has_a_meaning_and_every_meaning_a_number(tmp_
             {"objective": "kl_penalty"},
             {"objective": "trpo"},
             {"baseline": "auto"},
-            {"kl_estimator": "k2", "kl_placement": "loss"},
+            {"kl_form": "k2_loss"},
         )
     ):
         make_trainer(tmp_path / str(i), max_steps=1, **settings).train()

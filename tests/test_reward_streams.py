@@ -118,7 +118,11 @@ def test_streams_are_a_list():
     [
         ({"name": "a", "reward_funcs": [count_a], "lam": 0.5}, {"estimator": "rewards_to_go"}, "lam=0.5 is GAE's"),
         ({"name": "a", "reward_funcs": [count_a], "gamma": 0.5}, {"estimator": "immediate_rewards"}, "gamma=0.5 disc"),
-        ({"name": "kl"}, {"kl_placement": "loss", "kl_estimator": "k2", "kl_coef": 0.0}, "leave the stream out"),
+        (
+            {"name": "kl"},
+            {"kl_form": "k2_loss", "kl_coef": 0.0},
+            "kl_form='k2_loss' has none there: leave the stream out",
+        ),
     ],
 )
 def test_settings_of_a_stream_without_effect_are_refused(tmp_path, stream, settings, message):

@@ -200,7 +200,6 @@ def test_every_setting_that_should_change_what_is_learned_does(tmp_path, base, n
 
 BETA = {"objective": "kl_penalty"}
 TRPO = {"objective": "trpo"}
-IN_LOSS = {"kl_placement": "loss", "kl_estimator": "k2"}
 NEEDING_ANOTHER = [
     ("kl_horizon", {"kl_target": 0.01}, 20),
     ("critic_warmup_epochs", {"critic_warmup_steps": 1}, 3),
@@ -213,11 +212,12 @@ NEEDING_ANOTHER = [
     ("trpo_cg_steps", TRPO, 1),
     ("trpo_damping", TRPO, 10.0),
     ("trpo_line_search_steps", TRPO | {"trpo_max_kl": 10.0}, 1),  # the whole step overshoots
-    ("kl_placement", {"kl_estimator": "k2"}, "loss"),
-    ("kl_placement", {"kl_estimator": "exact"}, "both"),
-    ("kl_estimator", IN_LOSS, "exact"),
-    ("kl_estimator", {}, "k3"),
-    ("kl_estimator", {}, "exact"),
+    ("kl_form", {}, "k2_loss"),
+    ("kl_form", {}, "k3_both"),
+    ("kl_form", {"kl_form": "k3_both"}, "exact_both"),
+    ("kl_form", {"kl_form": "k2_loss"}, "exact_loss"),
+    ("kl_form", {"kl_form": "k3_both"}, "k3_loss"),
+    ("kl_form", {"kl_form": "exact_both"}, "exact_loss"),
     ("truncation", {}, "bootstrap"),
     ("truncation", {}, "mask"),
     ("baseline", {"estimator": "rewards_to_go"}, "none"),
@@ -229,7 +229,7 @@ NEEDING_ANOTHER = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:kl_estimator")
+@pytest.mark.filterwarnings("ignore:kl_form")
 @pytest.mark.parametrize("name, start, other", NEEDING_ANOTHER)
 def test_settings_that_need_another_one_do_something_with_it(tmp_path, name, start, other):
     runs = [weights(trained(tmp_path / str(i), **(BASE | start | s))) for i, s in enumerate(({}, {name: other}))]

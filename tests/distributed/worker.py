@@ -19,8 +19,7 @@ RUNS = {
     "kl-penalty": {
         "objective": "kl_penalty",
         "critic_epochs": 3,
-        "kl_estimator": "exact",
-        "kl_placement": "both",
+        "kl_form": "exact_both",
         "truncation": "bootstrap",
         "save_rollouts": 5,
     },
