@@ -8,7 +8,13 @@ from test_records import make_rollout
 
 from lmppo import PPOConfig
 from lmppo.config import RewardStream
-from lmppo.estimators import estimate, select_stream, shape_rewards
+from lmppo.estimators import estimate, shape_rewards
+
+
+def select_stream(rollout, k):
+    """The rollout with one of its streams."""
+    return rollout.cut(K=slice(k, k + 1))
+
 
 ROWS = ("11111", "11000", "10000", "11010")  # full, short, one token, a gap
 GAMMA, LAM = 0.9, 0.8

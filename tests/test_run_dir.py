@@ -439,7 +439,7 @@ def test_a_missing_checkpoint_names_those_there_are(finished):
 
 def test_looking_for_a_checkpoint_changes_nothing(finished):
     before = tree(finished)
-    settings = resumed(finished)._settings()
+    settings = resumed(finished).run.settings
     before = tree(finished)
     for resume in ("auto", "true", True):
         assert find_resume_point(finished, resume, settings).name == "step-000004"
