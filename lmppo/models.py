@@ -116,9 +116,9 @@ class LanguageModel:
         self.trunk: Any = None
         self._output_class: Any = None
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        trunk = getattr(base, getattr(base, "base_model_prefix", ""), None)
-        if isinstance(trunk, nn.Module) and self._splits_at(trunk):
-            self.trunk = trunk
+        inner = [getattr(base, getattr(base, "base_model_prefix", ""), None)]
+        inner += [base.get_decoder()] if hasattr(base, "get_decoder") else []
+        self.trunk = next((t for t in inner if isinstance(t, nn.Module) and t is not base and self._splits_at(t)), None)
 
     def read(self, tokens: Tokens) -> States:
         """What the model computes of the ``T + 1`` states before and after each completion token."""

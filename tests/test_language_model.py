@@ -1,0 +1,165 @@
+"""Trunk and head apart give what the model's own forward gives, to the bit, whatever a family puts between them."""
+
+import pytest
+import torch
+from builders import EOS, VOCAB, encode, gpt2, llama
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from test_checks import sized
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from lmppo.functional import token_logprobs
+from lmppo.models import ActorCritic, LanguageModel, Reference, inputs_of
+from lmppo.records import Tokens
+
+ENDS = {"vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": EOS}
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+WIDE = {"max_position_embeddings": 64, "initializer_range": 0.2, **SIZES, **ENDS}
+OPT = {"ffn_dim": 32, "max_position_embeddings": 64, "num_hidden_layers": 2, "num_attention_heads": 2, **ENDS}
+
+FAMILIES = {
+    "gpt2": gpt2,
+    "llama": llama,
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**WIDE)),
+    "gptj, a bias in the head": lambda: GPTJForCausalLM(
+        GPTJConfig(n_embd=16, n_layer=2, n_head=2, rotary_dim=4, n_positions=64, **ENDS)
+    ),
+    "gemma2, a soft-cap": lambda: Gemma2ForCausalLM(
+        Gemma2Config(head_dim=8, num_key_value_heads=1, final_logit_softcapping=3.0, **WIDE)
+    ),
+    "cohere, a scale": lambda: CohereForCausalLM(CohereConfig(num_key_value_heads=1, logit_scale=0.25, **WIDE)),
+    "granite, a divisor": lambda: GraniteForCausalLM(GraniteConfig(num_key_value_heads=1, logits_scaling=4.0, **WIDE)),
+    "opt, a projection": lambda: OPTForCausalLM(OPTConfig(hidden_size=16, word_embed_proj_dim=8, **OPT)),
+}
+LORA = {
+    "attention": {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+    "all-linear": {"target_modules": "all-linear"},
+    "the head": {"target_modules": ["c_attn", "lm_head"]},
+}
+
+
+def randomised(model):
+    """Biases too: a bias of 0 that is left out would not be noticed."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def batch():
+    """Prompts and completions of several lengths."""
+    prompt_ids, prompt_mask = encode("a", "deadbeef", "kj")
+    ids = torch.tensor([[3, 4, 5, 6], [7, 0, 0, 0], [1, 2, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]).bool()
+    return Tokens(prompt_ids, prompt_mask, ids, mask)
+
+
+def own_forward(model, tokens):
+    """The logits of the states before each completion token, by the model's own forward."""
+    with torch.no_grad():
+        return model(**inputs_of(model, tokens), logits_to_keep=tokens.completion_ids.shape[1] + 1).logits[:, :-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_gives_the_models_own_logits_to_the_bit(family):
+    torch.manual_seed(0)
+    model = randomised(FAMILIES[family]())
+    language_model, tokens = LanguageModel(model), batch()
+    assert language_model.trunk is not None, "it can be split"
+    with torch.no_grad():
+        states = language_model.read(tokens)
+        assert states.logits is None, "no logits before they are asked for"
+        assert torch.equal(language_model.logits_of(states)[:, :-1], own_forward(model, tokens))
+
+
+@pytest.mark.parametrize("target", LORA)
+def test_adapters_are_part_of_trunk_and_head(target):
+    torch.manual_seed(0)
+    model = randomised(get_peft_model(gpt2(tie_word_embeddings=False), LoraConfig(r=2, **LORA[target])))
+    tokens = batch()
+    adapted = own_forward(model, tokens)
+    with model.disable_adapter():
+        base = own_forward(model, tokens)
+    assert (adapted - base).abs().max() > 1e-4
+    assert torch.equal(ActorCritic(model).logits(tokens).detach(), adapted)
+    assert torch.equal(Reference(model).logits(tokens), base)
+    assert torch.equal(ActorCritic(model).logits(tokens).detach(), adapted), "the adapter is on again"
+
+
+def test_what_cannot_be_split_keeps_its_own_forward():
+    """A model that scales its logits by what its trunk alone knows; a prompt that an adapter puts before the tokens."""
+
+    class Odd(type(gpt2())):
+        def forward(self, input_ids=None, **kwargs):
+            out = super().forward(input_ids=input_ids, **kwargs)
+            out.logits = out.logits * (1 + input_ids.float().mean())
+            return out
+
+    odd = randomised(Odd(gpt2().config))
+    assert LanguageModel(odd).trunk is None
+    tokens = batch()
+    assert torch.equal(ActorCritic(odd).logits(tokens).detach(), own_forward(odd, tokens))
+    tuned = get_peft_model(gpt2(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert LanguageModel(tuned.eval()).trunk is None
+
+
+def test_a_trunk_is_itself_again_after_its_head_was_asked():
+    model = gpt2().eval()
+    tokens, before = batch(), own_forward(model, batch())
+    ActorCritic(model).logits(tokens)
+    assert "forward" not in vars(model.transformer)
+    own = model.transformer.forward
+    model.transformer.forward = lambda *args, **kwargs: own(*args, **kwargs)  # as accelerate's hooks do
+    ActorCritic(model).logits(tokens)
+    assert "forward" in vars(model.transformer)
+    assert torch.equal(own_forward(model, tokens), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_flow_through_head_and_trunk_as_through_the_models_own_forward(family):
+    torch.manual_seed(0)
+    model = randomised(FAMILIES[family]())
+    tokens = batch()
+    weights = torch.randn(3, 4, VOCAB)
+    gradients = []
+    keep = tokens.completion_ids.shape[1] + 1
+    for logits_of in (
+        ActorCritic(model).logits,
+        lambda tokens: model(**inputs_of(model, tokens), logits_to_keep=keep).logits[:, :-1],
+    ):
+        model.zero_grad()
+        (logits_of(tokens) * weights).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
+def test_under_autocast_the_head_is_float32_at_logits_of_real_size(family):
+    """bfloat16 keeps 8 bits: a logit of 80 is off by up to 0.25, and so is its log-probability."""
+    model = sized(family, 80).eval()
+    tokens = batch()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        states = LanguageModel(model).read(tokens)
+        logits = LanguageModel(model).logits_of(states)[:, :-1]
+        coarse = own_forward(model, tokens)
+    with torch.no_grad():
+        exact = model.get_output_embeddings()(states.hidden.float())[:, :-1]
+    assert exact.abs().max() > 60 and logits.dtype == torch.float32
+    ids = tokens.completion_ids
+    torch.testing.assert_close(token_logprobs(logits, ids), token_logprobs(exact, ids), atol=1e-4, rtol=0)
+    assert (token_logprobs(coarse, ids) - token_logprobs(exact, ids)).abs().max() > 0.02, "or the test shows nothing"
