@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Prompt = str | list
+from lmppo.protocols import Tokenizer
+from lmppo.rewards.protocol import REWARD_ARGUMENTS
 
-# What a reward function is given of a rollout (lmppo.rewards): no data column may have such a name.
-REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+Prompt = str | list
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class PromptEncoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         vocab_size: int,
         max_positions: int | None,
         max_completion_length: int,
@@ -298,7 +298,7 @@ def make_batch(drawn: Sequence[tuple[Any, Prompt, list[int]]], num_generations: 
     return PromptBatch([prompt for _, prompt, _ in repeated], [ids for _, _, ids in repeated], columns)
 
 
-def cut_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int) -> Any:
+def cut_prompts(dataset: Any, tokenizer: Tokenizer, prompt_tokens: int) -> Any:
     """A `datasets.Dataset` with a ``text`` column gets a ``prompt`` column: the text's first tokens, as token ids.
 
     The result's ``row_numbers`` say which rows it kept.

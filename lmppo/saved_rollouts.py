@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lmppo.checkpoint import CheckpointError
 from lmppo.config import PPOConfig, RewardStream
-from lmppo.estimators import default_streams
 from lmppo.experience import Experience
 from lmppo.functional import kl_k1, rewards_to_go, td_residuals
 from lmppo.functional.kl import MAX_LOG_RATIO
+from lmppo.rewards import default_streams
 from lmppo.rollout import ScoredRollout
 
 FORMAT_VERSION = 1

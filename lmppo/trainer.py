@@ -23,7 +23,6 @@ from lmppo.build import (
     make_optimizer,
     make_prompt_encoder,
     make_sampling_params,
-    make_streams,
 )
 from lmppo.config import PPOConfig, RewardStream
 from lmppo.estimators import estimate, shape_rewards
@@ -34,7 +33,7 @@ from lmppo.metrics import MetricsFile, completion_columns, critic_metrics, rollo
 from lmppo.models import ActorCritic, Reference, load_policy
 from lmppo.objectives import Penalties
 from lmppo.prompts import PromptStream
-from lmppo.rewards import RewardSet
+from lmppo.rewards import RewardSet, make_streams
 from lmppo.rollout import ScoredRollout, collect_rollout
 from lmppo.run_dir import changed_settings, discard_unsaved, find_resume_point, write_run_config
 from lmppo.sampling import EVALUATION, ROLLOUT

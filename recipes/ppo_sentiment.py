@@ -63,7 +63,7 @@ def make_peft_config(recipe: RecipeArguments) -> Any:
 
 def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
     """The trainer's ``reward_funcs`` or ``reward_streams``, their names looked up."""
-    from lmppo.build import as_streams
+    from lmppo.rewards import as_streams
     from reward_models import load
 
     if recipe.reward_streams is None:

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 # Lower layers first. A module may import what stands before it, in its own layer or below.
 LAYERS = (
     ("functional",),
-    ("config", "experience", "step_zero", "kl_control", "schedule", "tables", "plots"),
-    ("models", "prompts", "classifier_reward", "rewards", "sampling"),
+    ("config", "experience", "step_zero", "kl_control", "schedule", "tables", "plots", "protocols"),
+    ("rewards", "models", "prompts", "sampling"),
     ("rollout", "estimators", "metrics", "trpo", "objectives", "update", "checkpoint", "run_dir", "build"),
     ("saved_rollouts", "trainer"),
     ("explain_page", "explain", "cli", "__main__"),
@@ -51,16 +51,24 @@ def module_of(name: str) -> str | None:
     return parts[1] if parts[0] == "lmppo" and len(parts) > 1 and parts[1] in ORDER else None
 
 
-LMPPO = sorted(p for p in (ROOT / "lmppo").glob("*.py") if p.name != "__init__.py")
+LMPPO = sorted(p for p in (ROOT / "lmppo").rglob("*.py") if p.parent.name != "functional" and p.stem != "__init__")
+
+
+def layer_name(path: Path) -> str:
+    """A module's own name, or that of the package it is in."""
+    return path.stem if path.parent.name == "lmppo" else path.parent.name
 
 
 def test_every_module_has_its_layer():
-    assert {p.stem for p in LMPPO} | {"functional"} == set(ORDER)
+    assert {layer_name(p) for p in LMPPO} | {"functional"} == set(ORDER)
 
 
 @pytest.mark.parametrize("path", LMPPO, ids=label)
 def test_imports_point_downward(path):
-    upward = {name for name in imported(path) if (m := module_of(name)) and ORDER.index(m) >= ORDER.index(path.stem)}
+    own = layer_name(path)
+    inside = f"lmppo.{own}." if path.stem != own else ()
+    names = {name for name in imported(path) if not name.startswith(inside)}
+    upward = {name for name in names if (m := module_of(name)) and ORDER.index(m) >= ORDER.index(own)}
     assert not upward, f"{path.stem} imports {sorted(upward)}, which stands above it"
 
 

@@ -7,8 +7,7 @@ import torch
 from builders import assert_same, count_a, critic_of, make_trainer, metrics_rows, share_of_a, trained, weights
 
 from lmppo import PPOConfig, RewardStream
-from lmppo.build import make_streams
-from lmppo.rewards import RewardSet
+from lmppo.rewards import RewardSet, make_streams
 
 
 def always_two(prompts, completions, **kwargs):

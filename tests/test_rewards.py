@@ -26,8 +26,7 @@ from transformers import (
 )
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
-from lmppo.prompts import REWARD_ARGUMENTS
-from lmppo.rewards import ClassifierReward, RewardError, RewardSet, Scores
+from lmppo.rewards import REWARD_ARGUMENTS, ClassifierReward, RewardError, RewardSet, Scores
 
 STATE = SimpleNamespace(global_step=7)
 

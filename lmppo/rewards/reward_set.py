@@ -1,61 +1,28 @@
-"""Rewards: trl's reward-function protocol, classifiers as reward functions, and one checked call for several of them.
-
-A reward function is called as trl's trainers call it: keyword arguments ``prompts``, ``completions``,
-``completion_ids``, every other data column as a list, and ``trainer_state``, ``log_extra``, ``log_metric``. It returns
-one number per completion, ``None`` where it does not apply, or, to reward each token, a list of numbers.
-"""
+"""All reward functions of a run, called and added up as one."""
 
 import asyncio
 import functools
 import inspect
 import math
-import numbers
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
 from torch import Tensor
 
-from lmppo.classifier_reward import ClassifierReward
 from lmppo.config import RewardStream
-from lmppo.prompts import REWARD_ARGUMENTS
+from lmppo.rewards.checks import check_totals, checked_rows
+from lmppo.rewards.classifier import ClassifierReward
+from lmppo.rewards.protocol import REWARD_ARGUMENTS, RewardError, RewardFn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LARGEST = 1e15  # of rewards and their weighted sums: the critic's loss squares them, in float32
-RIGHT_FORM = (
-    "Return a list with one number per completion (None where the function does not apply), or, for a reward on every "
-    "token, a list of lists with one number per completion token"
-)
-
-
-class RewardFn(Protocol):
-    """A reward function: plain or ``async def``, a callable object or a :func:`functools.partial`; trl's run unchanged.
-
-    Keyword arguments: every data column but the prompt (one value per completion), ``trainer_state`` (its
-    ``global_step`` counts the iterations), ``log_extra(column, values)`` and ``log_metric(name, value)``.
-    """
-
-    def __call__(self, *, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any) -> Any:
-        """Score a batch; returns one number per completion, None where it does not apply, or lists of numbers."""
-
-
-class RewardError(RuntimeError):
-    """A reward function raised an exception, which is the ``__cause__``."""
-
-
-def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion: itself, or the contents of its chat messages."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(str(message.get("content") or "") for message in completion)
 
 
 @dataclass(frozen=True)
@@ -206,13 +173,13 @@ class RewardSet:
         totals = torch.full((len(completions), len(self.names)), math.nan, dtype=torch.float64)
         for f, (name, weight, values) in enumerate(zip(self.names, self.weights, returned, strict=True)):
             stream = self.stream_of[f]
-            for b, row in enumerate(_checked_rows(name, values, lengths, completions)):
+            for b, row in enumerate(checked_rows(name, values, lengths, completions)):
                 if row is not None:
                     tokens[b, lengths[b] - len(row) : lengths[b], stream] += weight * torch.tensor(
                         row, dtype=torch.float64
                     )
                     totals[b, f] = math.fsum(row)
-        _check_totals(tokens, totals, completions)
+        check_totals(tokens, totals, completions)
         metrics = {name: math.fsum(values) / len(values) for name, values in log.metrics.items()}
         return Scores(tokens.float(), totals.float(), metrics, log.extras)
 
@@ -330,70 +297,3 @@ def _global_step(trainer_state: Any) -> int:
 def _reward_error(name: str, trainer_state: Any, error: BaseException) -> RewardError:
     step = _global_step(trainer_state)
     return RewardError(f"reward function {name!r} raised {type(error).__name__} at step {step}: {error}")
-
-
-def _checked_rows(name: str, returned: Any, lengths: list[int], completions: list) -> list[list[float] | None]:
-    """Each row's rewards: its last token's alone, one per token, or ``None``."""
-    if isinstance(returned, Tensor | numpy.ndarray):
-        if returned.ndim != 1:
-            raise ValueError(
-                f"reward function {name!r} returned a {type(returned).__name__} of shape {tuple(returned.shape)}; "
-                f"expected ({len(lengths)},). {RIGHT_FORM}."
-            )
-        returned = returned.tolist()
-    if not isinstance(returned, list | tuple):
-        raise TypeError(f"reward function {name!r} returned a {type(returned).__name__}. {RIGHT_FORM}.")
-    if len(returned) != len(lengths):
-        raise ValueError(
-            f"reward function {name!r} returned {len(returned)} rewards for {len(lengths)} completions. {RIGHT_FORM}."
-        )
-    return [
-        _checked_row(value, n, f"reward function {name!r}, row {b} (completion {_excerpt(completion)})")
-        for b, (value, n, completion) in enumerate(zip(returned, lengths, completions, strict=True))
-    ]
-
-
-def _checked_row(value: Any, length: int, where: str) -> list[float] | None:
-    if value is None:
-        return None
-    if isinstance(value, Tensor | numpy.ndarray):
-        value = value.tolist()
-    if not isinstance(value, list | tuple):
-        return [_checked_number(value, where)]
-    if len(value) != length:
-        raise ValueError(f"{where}: {len(value)} numbers for {length} completion tokens. {RIGHT_FORM}.")
-    row = [_checked_number(number, where) for number in value]
-    _checked_number(math.fsum(row), f"{where}, total")
-    return row
-
-
-def _checked_number(value: Any, where: str) -> float:
-    if isinstance(value, Tensor | numpy.ndarray) and value.ndim == 0:
-        value = value.tolist()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{where}: {value!r} is a {type(value).__name__}, not a number. {RIGHT_FORM}.")
-    number: Any = value
-    if not abs(number) < math.inf:  # true of NaN as well
-        raise ValueError(f"{where}: the reward {value!r} is NaN or infinite. Rewards must be finite.")
-    if abs(number) > LARGEST:
-        raise ValueError(f"{where}: the reward {value!r} is beyond {LARGEST:.0e}: scale the rewards down.")
-    return float(number)
-
-
-def _check_totals(tokens: Tensor, totals: Tensor, completions: list) -> None:
-    unscored = totals.isnan().all(dim=1).nonzero().flatten().tolist()
-    if unscored:
-        raise ValueError(
-            f"every reward function returned None for row {unscored[0]} (completion "
-            f"{_excerpt(completions[unscored[0]])}): at least one must score each completion."
-        )
-    beyond = (tokens.abs() > LARGEST).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    if beyond:
-        raise ValueError(
-            f"the weighted sum of rewards of row {beyond[0]} is beyond {LARGEST:.0e}: lower reward_weights."
-        )
-
-
-def _excerpt(completion: Any) -> str:
-    text = completion_text(completion)
-    return repr(text if len(text) <= 50 else text[:50] + "...")
