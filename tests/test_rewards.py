@@ -300,6 +300,11 @@ def test_a_weighted_sum_beyond_the_bound_is_refused(weight):
         score(returning([0.0, 1e15]), reward_weights=[weight])
 
 
+def test_weighted_sums_that_cancel_to_nan_are_refused():
+    with pytest.raises(ValueError, match=r"row 1 is beyond 1e\+15: lower reward_weights"):
+        score([returning([0.0, 1e15])] * 2, reward_weights=[1e300, -1e300])
+
+
 def test_a_row_that_no_function_scores_is_named():
     with pytest.raises(ValueError, match=r"every reward function returned None for row 1 \(completion 'de'\)"):
         score([returning([1.0, None]), returning([None, None])])

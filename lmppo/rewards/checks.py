@@ -92,7 +92,7 @@ def check_totals(tokens: Tensor, totals: Tensor, completions: list) -> None:
             f"every reward function returned None for row {unscored[0]} (completion "
             f"{_excerpt(completions[unscored[0]])}): at least one must score each completion."
         )
-    beyond = (tokens.abs() > LARGEST).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    beyond = (~(tokens.abs() <= LARGEST)).flatten(1).any(dim=1).nonzero().flatten().tolist()  # of NaN too: inf - inf
     if beyond:
         raise ValueError(
             f"the weighted sum of rewards of row {beyond[0]} is beyond {LARGEST:.0e}: lower reward_weights."

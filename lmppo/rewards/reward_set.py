@@ -169,16 +169,14 @@ class RewardSet:
         with _own_randomness(_global_step(trainer_state)):
             returned = self._call_all(batch, trainer_state, log)
 
+        rows = [
+            checked_rows(name, values, lengths, completions) for name, values in zip(self.names, returned, strict=True)
+        ]
+        totals = torch.stack([_totals(of_one) for of_one in rows], dim=1)
+        per_token = torch.stack([_on_tokens(of_one, lengths, width) for of_one in rows], dim=2)
         tokens = torch.zeros(len(completions), width, self.n_streams, dtype=torch.float64)
-        totals = torch.full((len(completions), len(self.names)), math.nan, dtype=torch.float64)
-        for f, (name, weight, values) in enumerate(zip(self.names, self.weights, returned, strict=True)):
-            stream = self.stream_of[f]
-            for b, row in enumerate(checked_rows(name, values, lengths, completions)):
-                if row is not None:
-                    tokens[b, lengths[b] - len(row) : lengths[b], stream] += weight * torch.tensor(
-                        row, dtype=torch.float64
-                    )
-                    totals[b, f] = math.fsum(row)
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        tokens.index_add_(2, torch.tensor(self.stream_of), weights * per_token)  # adds in the functions' order
         check_totals(tokens, totals, completions)
         metrics = {name: math.fsum(values) / len(values) for name, values in log.metrics.items()}
         return Scores(tokens.float(), totals.float(), metrics, log.extras)
@@ -208,6 +206,20 @@ class RewardSet:
         loop = asyncio.new_event_loop()
         threading.Thread(target=loop.run_forever, name="lmppo-rewards", daemon=True).start()
         return loop
+
+
+def _totals(rows: list[list[float] | None]) -> Tensor:
+    """``(B,)`` the sum of each row, NaN for ``None``."""
+    return torch.tensor([math.nan if row is None else math.fsum(row) for row in rows], dtype=torch.float64)
+
+
+def _on_tokens(rows: list[list[float] | None], lengths: list[int], width: int) -> Tensor:
+    """``(B, width)`` the rewards where they stand: those of a row end at its last token, and are 0 elsewhere."""
+    tokens = torch.zeros(len(rows), width, dtype=torch.float64)
+    for b, row in enumerate(rows):
+        if row is not None:
+            tokens[b, lengths[b] - len(row) : lengths[b]] = torch.tensor(row, dtype=torch.float64)
+    return tokens
 
 
 def _as_function(given: Any, tokenizer: Any, device: torch.device | str | None) -> Callable[..., Any]:
