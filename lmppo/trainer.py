@@ -66,6 +66,7 @@ class PPOTrainer:
         run_settings: What else decides the outcome; kept in ``run_config.yaml``, and a run is not continued with another.
         reward_streams: In place of ``reward_funcs``: several kinds of reward, each with its own discount and its own
             output of the critic (:class:`lmppo.RewardStream`, or its fields as a dict).
+        watch_funcs: Functions of the same kinds as ``reward_funcs`` that are logged and never enter the reward.
 
     Raises:
         ValueError: The arguments do not fit together; the message names the culprit and the remedy.
@@ -88,6 +89,7 @@ class PPOTrainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         reward_streams: Sequence[RewardStream | dict] | None = None,
         run_settings: dict[str, Any] | None = None,
+        watch_funcs: Any = None,
     ) -> None:
         self.args = args if args is not None else PPOConfig()
         if not isinstance(self.args, PPOConfig):
@@ -107,7 +109,7 @@ class PPOTrainer:
         self.streams = make_streams(reward_funcs, reward_streams, self.args)
         self.run_settings = dict(run_settings or {})
         self.rewards = RewardSet.from_streams(
-            self.streams, self.args.reward_weights, reward_processing_classes, device=self.accelerator.device
+            self.streams, self.args.reward_weights, reward_processing_classes, self.accelerator.device, watch_funcs
         )
         self.params = make_sampling_params(self.args, self.processing_class, policy)
         actor_critic = make_actor_critic(policy, critic, self.args, n_streams=len(self.streams))
@@ -386,7 +388,7 @@ class PPOTrainer:
             self.args.to_dict()
             | describe_model(self.actor_critic)
             | {
-                "reward_funcs": self.rewards.names,
+                **self.rewards.describe(),
                 "reward_streams": [[s.name, s.weight, s.gamma, s.lam, len(s.reward_funcs)] for s in self.streams],
                 "train_dataset": self.prompts.fingerprint,
                 "run_settings": self.run_settings,

@@ -16,11 +16,11 @@ RIGHT_FORM = (
 )
 
 
-def checked_rows(name: str, returned: Any, lengths: list[int], completions: list) -> list[list[float] | None]:
+def checked_rows(label: str, returned: Any, lengths: list[int], completions: list) -> list[list[float] | None]:
     """Each row's rewards: its last token's alone, one per token, or ``None``.
 
     Args:
-        name: The reward function's name.
+        label: What messages call the function.
         returned: What it returned for ``B`` completions.
         lengths: ``B`` counts of completion tokens.
         completions: ``B`` completions, for messages.
@@ -32,18 +32,16 @@ def checked_rows(name: str, returned: Any, lengths: list[int], completions: list
     if isinstance(returned, Tensor | numpy.ndarray):
         if returned.ndim != 1:
             raise ValueError(
-                f"reward function {name!r} returned a {type(returned).__name__} of shape {tuple(returned.shape)}; "
+                f"{label} returned a {type(returned).__name__} of shape {tuple(returned.shape)}; "
                 f"expected ({len(lengths)},). {RIGHT_FORM}."
             )
         returned = returned.tolist()
     if not isinstance(returned, list | tuple):
-        raise TypeError(f"reward function {name!r} returned a {type(returned).__name__}. {RIGHT_FORM}.")
+        raise TypeError(f"{label} returned a {type(returned).__name__}. {RIGHT_FORM}.")
     if len(returned) != len(lengths):
-        raise ValueError(
-            f"reward function {name!r} returned {len(returned)} rewards for {len(lengths)} completions. {RIGHT_FORM}."
-        )
+        raise ValueError(f"{label} returned {len(returned)} rewards for {len(lengths)} completions. {RIGHT_FORM}.")
     return [
-        _checked_row(value, n, f"reward function {name!r}, row {b} (completion {_excerpt(completion)})")
+        _checked_row(value, n, f"{label}, row {b} (completion {_excerpt(completion)})")
         for b, (value, n, completion) in enumerate(zip(returned, lengths, completions, strict=True))
     ]
 

@@ -1,28 +1,24 @@
 """All reward functions of a run, called and added up as one."""
 
-import asyncio
-import functools
-import inspect
 import math
-import random
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy
 import torch
 from torch import Tensor
 
 from lmppo.config import RewardStream
+from lmppo.protocols import Tokenizer
+from lmppo.rewards.calling import Log, call_all, make_functions
 from lmppo.rewards.checks import check_totals, checked_rows
-from lmppo.rewards.classifier import ClassifierReward
-from lmppo.rewards.protocol import REWARD_ARGUMENTS, RewardError, RewardFn
+from lmppo.rewards.protocol import RewardFn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    Given: TypeAlias = RewardFn | str | Path | PreTrainedModel  # a function, or a classifier by name or as a model
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,8 @@ class Scores:
     Attributes:
         token_scores: ``(B, width, K)`` float32, each stream's weighted sum of its functions: a number for the whole
             completion stands on its last token, rewards per token stand on their tokens.
-        per_function: ``(B, F)`` float32, each function's unweighted total per completion, NaN where it gave ``None``.
+        per_function: ``(B, F)`` float32, each function's unweighted total per completion, NaN where it gave ``None``; the
+            functions that watch are the last columns.
         metrics: The mean of each metric that functions logged with ``log_metric``.
         extras: The columns that functions logged with ``log_extra``, ``B`` values each.
     """
@@ -58,6 +55,8 @@ class Scores:
 class RewardSet:
     """All reward functions of a run, with their weights and names, called and checked as one.
 
+    Functions that watch are called, checked and logged like reward functions, and never enter the reward.
+
     Args:
         reward_funcs: One or several of: a function of the :class:`RewardFn` protocol; a directory, Hub id or loaded
             model of a sequence classifier with one label, whose logit is the reward.
@@ -66,38 +65,42 @@ class RewardSet:
         device: Where classifiers given by name or as models score.
         stream_of: The reward stream of each function (default: all in one).
         n_streams: Number of streams ``K``.
+        watch_funcs: Functions that watch, one or several of the same kinds; a classifier's tokenizer is the saved one.
 
     Raises:
-        ValueError: No function is given, the counts do not match, or a classifier cannot be used.
+        ValueError: No reward function is given, the counts do not match, or a classifier cannot be used.
         TypeError: A function is not callable or does not take the protocol's keyword arguments.
     """
 
     def __init__(
         self,
-        reward_funcs: "RewardFn | str | PreTrainedModel | Sequence[RewardFn | str | PreTrainedModel]",
+        reward_funcs: "Given | Sequence[Given]",
         reward_weights: Sequence[float] | None = None,
-        reward_processing_classes: "PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase | None] | None" = None,
+        reward_processing_classes: Tokenizer | Sequence[Tokenizer | None] | None = None,
         device: torch.device | str | None = None,
         stream_of: Sequence[int] | None = None,
         n_streams: int = 1,
+        watch_funcs: "Given | Sequence[Given] | None" = None,
     ) -> None:
-        functions = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        functions = _as_list(reward_funcs)
+        watching = [] if watch_funcs is None else _as_list(watch_funcs)
         if not functions:
             raise ValueError("reward_funcs is empty: give at least one reward function.")
         self.weights = [float(w) for w in ([1.0] * len(functions) if reward_weights is None else reward_weights)]
-        tokenizers: list[Any] = [None] * len(functions)
+        tokenizers: list[Tokenizer | None] = [None] * len(functions)
         if reward_processing_classes is not None:
-            one = not isinstance(reward_processing_classes, list | tuple)
-            tokenizers = [reward_processing_classes] if one else list(reward_processing_classes)
+            tokenizers = _as_list(reward_processing_classes)
         for setting, given in (("reward_weights", self.weights), ("reward_processing_classes", tokenizers)):
             if len(given) != len(functions):
                 raise ValueError(
-                    f"{setting} has {len(given)} entries for {len(functions)} reward functions: give one for each."
+                    f"{setting} has {len(given)} entries for {len(functions)} reward functions: give one for each, and "
+                    f"none for watch_funcs."
                 )
         if not all(map(math.isfinite, self.weights)):
             raise ValueError(f"reward_weights={self.weights} must be finite numbers.")
-        self._functions = [_as_function(f, t, device) for f, t in zip(functions, tokenizers, strict=True)]
-        self.names = _unique_names(self._functions)
+        self._rewarding = make_functions("reward function", functions, tokenizers, device)
+        taken = [function.name for function in self._rewarding]
+        self._watching = make_functions("watch function", watching, [None] * len(watching), device, taken)
         self.stream_of = list(stream_of) if stream_of is not None else [0] * len(functions)
         self.n_streams = n_streams
 
@@ -108,6 +111,7 @@ class RewardSet:
         reward_weights: Sequence[float] | None = None,
         reward_processing_classes: Any = None,
         device: torch.device | str | None = None,
+        watch_funcs: Any = None,
     ) -> "RewardSet":
         """The functions of several streams, one stream after the other; a stream's weight multiplies its functions'.
 
@@ -127,9 +131,23 @@ class RewardSet:
                 raise ValueError(f"reward stream 'kl': weight={stream.weight} has no effect; set kl_coef instead.")
         stream_of = [k for k, stream in enumerate(streams) for _ in stream.reward_funcs]
         functions = [function for stream in streams for function in stream.reward_funcs]
-        rewards = cls(functions, reward_weights, reward_processing_classes, device, stream_of, len(streams))
+        rewards = cls(
+            functions, reward_weights, reward_processing_classes, device, stream_of, len(streams), watch_funcs
+        )
         rewards.weights = [w * streams[k].weight for w, k in zip(rewards.weights, stream_of, strict=True)]
         return rewards
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all functions, in the order of ``Scores.per_function``."""
+        return [function.name for function in (*self._rewarding, *self._watching)]
+
+    def describe(self) -> dict[str, list[str]]:
+        """What `run_config.yaml` says of the functions: the names of those that reward and of those that watch."""
+        return {
+            "reward_funcs": [function.name for function in self._rewarding],
+            "watch_funcs": [function.name for function in self._watching],
+        }
 
     def score(
         self,
@@ -145,7 +163,8 @@ class RewardSet:
             token_scores[b, t, k] = sum_{f in stream k} weight_f * reward_f[b, t]
 
         A number for the whole completion counts as a reward on its last token, ``None`` as no reward. Python's,
-        numpy's and torch's random states are the same after the call as before.
+        numpy's and torch's random states are the same after the call as before. The functions that watch are called
+        after the others and start from the same random states, so that no reward depends on them.
 
         Args:
             prompts: ``B`` prompts, text or chat messages.
@@ -164,48 +183,23 @@ class RewardSet:
         lengths = [len(ids) for ids in completion_ids]
         if not all(0 < n <= width for n in lengths):
             raise ValueError(f"completions of {min(lengths)} to {max(lengths)} tokens do not fit 1 to width={width}.")
-        log = _Log(len(completions))
+        log = Log(len(completions))
         batch = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-        with _own_randomness(_global_step(trainer_state)):
-            returned = self._call_all(batch, trainer_state, log)
-
+        returned = call_all(self._rewarding, batch, trainer_state, log)
+        returned += call_all(self._watching, batch, trainer_state, log)
         rows = [
-            checked_rows(name, values, lengths, completions) for name, values in zip(self.names, returned, strict=True)
+            checked_rows(str(function), values, lengths, completions)
+            for function, values in zip((*self._rewarding, *self._watching), returned, strict=True)
         ]
         totals = torch.stack([_totals(of_one) for of_one in rows], dim=1)
-        per_token = torch.stack([_on_tokens(of_one, lengths, width) for of_one in rows], dim=2)
+        n_rewarding = len(self._rewarding)
+        per_token = torch.stack([_on_tokens(of_one, lengths, width) for of_one in rows[:n_rewarding]], dim=2)
         tokens = torch.zeros(len(completions), width, self.n_streams, dtype=torch.float64)
         weights = torch.tensor(self.weights, dtype=torch.float64)
         tokens.index_add_(2, torch.tensor(self.stream_of), weights * per_token)  # adds in the functions' order
-        check_totals(tokens, totals, completions)
+        check_totals(tokens, totals[:, :n_rewarding], completions)
         metrics = {name: math.fsum(values) / len(values) for name, values in log.metrics.items()}
         return Scores(tokens.float(), totals.float(), metrics, log.extras)
-
-    def _call_all(self, batch: dict[str, list], trainer_state: Any, log: "_Log") -> list[Any]:
-        """What each function returned: first the plain ones, one after the other, then the async ones together."""
-        reports = {"trainer_state": trainer_state, "log_extra": log.extra, "log_metric": log.metric}
-        returned = []
-        for name, function in zip(self.names, self._functions, strict=True):
-            arguments = {key: _copied(value) for key, value in batch.items()}
-            try:
-                returned.append(function(**arguments | reports))
-            except Exception as error:
-                raise _reward_error(name, trainer_state, error) from error
-        waiting = {i: value for i, value in enumerate(returned) if inspect.isawaitable(value)}
-        if waiting:
-            results = asyncio.run_coroutine_threadsafe(_gather(list(waiting.values())), self._loop).result()
-            for i, result in zip(waiting, results, strict=True):
-                if isinstance(result, BaseException):
-                    raise _reward_error(self.names[i], trainer_state, result) from result
-                returned[i] = result
-        return returned
-
-    @functools.cached_property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        """One event loop in a thread of its own: clients outlive a call, and a notebook's loop is left alone."""
-        loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, name="lmppo-rewards", daemon=True).start()
-        return loop
 
 
 def _totals(rows: list[list[float] | None]) -> Tensor:
@@ -222,90 +216,5 @@ def _on_tokens(rows: list[list[float] | None], lengths: list[int], width: int) -
     return tokens
 
 
-def _as_function(given: Any, tokenizer: Any, device: torch.device | str | None) -> Callable[..., Any]:
-    if isinstance(given, str | Path | torch.nn.Module):
-        return ClassifierReward(given, tokenizer, device=device)
-    if not callable(given):
-        raise TypeError(f"reward function {given!r} is a {type(given).__name__}: give a callable, a path or a model.")
-    try:
-        parameters = inspect.signature(given).parameters
-    except ValueError:  # a builtin without a signature
-        return given
-    protocol = set(REWARD_ARGUMENTS)
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not protocol <= set(parameters):
-        raise TypeError(
-            f"reward function {_name(given)!r} does not accept {', '.join(sorted(protocol - set(parameters)))}: "
-            "add **kwargs to its parameters."
-        )
-    return given
-
-
-def _name(function: Any) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _unique_names(functions: list[Callable[..., Any]]) -> list[str]:
-    names: list[str] = []
-    for function in functions:
-        name, count = _name(function), 1
-        while (name if count == 1 else f"{name}_{count}") in names:
-            count += 1
-        names.append(name if count == 1 else f"{name}_{count}")
-    return names
-
-
-class _Log:
-    """What the reward functions of one call report beside their rewards; the last column of a name stays."""
-
-    def __init__(self, n_rows: int) -> None:
-        self.n_rows = n_rows
-        self.metrics: dict[str, list[float]] = {}
-        self.extras: dict[str, list] = {}
-
-    def extra(self, column: str, values: Sequence) -> None:
-        if len(values) != self.n_rows:
-            raise ValueError(f"log_extra({column!r}) got {len(values)} values for {self.n_rows} completions.")
-        self.extras[column] = list(values)
-
-    def metric(self, name: str, value: float) -> None:
-        self.metrics.setdefault(name, []).append(float(value))
-
-
-def _copied(value: Any) -> Any:
-    """A copy of nested lists and dicts, so that a function which edits its arguments edits only its own."""
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value
-
-
-@contextmanager
-def _own_randomness(step: int) -> Iterator[None]:
-    """Random states of their own for reward functions, from torch's seed and the step; the caller's come back after."""
-    python, numpys = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            seed = (torch.initial_seed() + step) % 2**32
-            random.seed(seed)
-            numpy.random.seed(seed)
-            torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(python)
-            numpy.random.set_state(numpys)
-
-
-async def _gather(awaitables: list[Any]) -> list[Any]:
-    return await asyncio.gather(*awaitables, return_exceptions=True)
-
-
-def _global_step(trainer_state: Any) -> int:
-    return int(getattr(trainer_state, "global_step", 0))
-
-
-def _reward_error(name: str, trainer_state: Any, error: BaseException) -> RewardError:
-    step = _global_step(trainer_state)
-    return RewardError(f"reward function {name!r} raised {type(error).__name__} at step {step}: {error}")
+def _as_list(given: Any) -> list:
+    return list(given) if isinstance(given, list | tuple) else [given]
