@@ -108,13 +108,19 @@ def call_all(functions: Sequence[Function], batch: dict[str, list], trainer_stat
                 returned.append(function.call(**arguments | reports))
             except Exception as error:
                 raise _reward_error(function, step, error) from error
-        waiting = {i: value for i, value in enumerate(returned) if inspect.isawaitable(value)}
-        if waiting:
-            results = asyncio.run_coroutine_threadsafe(_gather(list(waiting.values())), _event_loop()).result()
-            for i, result in zip(waiting, results, strict=True):
-                if isinstance(result, BaseException):
-                    raise _reward_error(functions[i], step, result) from result
-                returned[i] = result
+        return _awaited(functions, returned, step)
+
+
+def _awaited(functions: Sequence[Function], returned: list[Any], step: int) -> list[Any]:
+    """What was returned, with the results of async functions, which run together, in their places."""
+    waiting = [i for i, value in enumerate(returned) if inspect.isawaitable(value)]
+    if not waiting:
+        return returned
+    results = asyncio.run_coroutine_threadsafe(_gather([returned[i] for i in waiting]), _event_loop()).result()
+    for i, result in zip(waiting, results, strict=True):
+        if isinstance(result, BaseException):
+            raise _reward_error(functions[i], step, result) from result
+        returned[i] = result
     return returned
 
 
