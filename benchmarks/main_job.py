@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lmppo.collector import decode_completions
 from lmppo.metrics import distinct_n
 from lmppo.models import ActorCritic, Reference, score_tokens
 from lmppo.plots import read_metrics
 from lmppo.prompts import cut_prompts, pad_left
-from lmppo.rollout import decode_completions
 from lmppo.sampling import EVALUATION, SamplingParams, sample, uniform_noise
 from reward_models import load
 from reward_models.reviews import load_reviews
@@ -56,8 +56,8 @@ def complete(policy: str, prompts: list[list[int]], tokens: int, seed: int) -> t
         samples = sample(model, *pad_left(rows, max(map(len, rows))), noise, params)
         ref_logprobs = score_tokens(reference.logits, samples, 1.0, 64)
         kl += (samples.logprobs - ref_logprobs).sum(dim=1).tolist()
-        texts += decode_completions(tokenizer, samples.completion_ids, samples.completion_mask)
-        ids.append(samples.completion_ids)
+        texts += decode_completions(tokenizer, samples.tokens)
+        ids.append(samples.tokens.completion_ids)
         masks.append(samples.completion_mask)
     distinct = distinct_n(torch.cat(ids)[:512], torch.cat(masks)[:512], 2)
     return texts, {"kl": sum(kl) / len(kl), "distinct_2": distinct}

@@ -36,8 +36,8 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _explain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.html is not None and args.format != "html":
         parser.error(f"--html names the page's file; it does not go with --format {args.format}.")
-    from lmppo.checkpoint import CheckpointError  # late: --help need not wait for torch
     from lmppo.explain import explain
+    from lmppo.run.checkpoint import CheckpointError  # late: --help need not wait for torch
 
     try:
         page = explain(args.run, step=args.step, rows=args.row, format=args.format, html=args.html)

@@ -1,5 +1,6 @@
 """PPOConfig: every knob of a run in one frozen dataclass, with every range and divisibility check in one place."""
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -13,28 +14,31 @@ ESTIMATORS = ("gae", "rewards_to_go", "total_return", "immediate_rewards")
 BASELINES = ("none", "batch_mean", "leave_one_out", "critic", "auto")
 OBJECTIVES = ("clip", "kl_penalty", "importance_sampled", "policy_gradient", "trpo")
 TRUNCATIONS = ("end", "bootstrap", "penalty", "mask")
-KL_ESTIMATORS = ("k1", "k2", "k3", "exact")
-KL_PLACEMENTS = ("reward", "loss", "both")
+KL_FORMS = ("k1_reward", "k3_both", "exact_both", "k2_loss", "k3_loss", "exact_loss")
 SCHEDULES = ("constant", "linear", "cosine")
 
-# Why the gradient of a KL penalty to the reference is biased (arXiv 2510.01555, 2512.21852; tests prove each).
+# Why the gradient of the other forms of the KL penalty is biased (arXiv 2510.01555, 2512.21852; tests prove each).
 _KL_BIAS = {
-    ("k2", "reward"): "E[k2] is not the KL, and near the reference its score-function gradient hardly pulls back",
-    ("k3", "reward"): "the part of the gradient in which k3 itself depends on the policy is missing",
-    ("exact", "reward"): "a state's own KL is only a baseline there, so its own gradient is missing: use 'both'",
-    ("k2", "both"): "the reward has k2's bias still: use 'exact', or k1 in the reward",
-    ("k1", "loss"): "the expected gradient of log pi under pi is 0, so nothing is penalized: use 'reward'",
-    ("k2", "loss"): "right for each state by itself, but what a token does to the KL of later states is left out",
-    ("k3", "loss"): "its gradient is that of KL(reference || policy), the other direction",
-    ("exact", "loss"): "what a token does to the KL of later states is left out: use 'both'",
+    "k2_loss": "right for each state by itself, but what a token does to the KL of later states is left out",
+    "k3_loss": "its gradient is that of KL(reference || policy), the other direction",
+    "exact_loss": "what a token does to the KL of later states is left out: use 'exact_both'",
+}
+# Settings that are gone and what has replaced them; and what to do about the pairs that no kl_form continues.
+REPLACED = {"kl_estimator": "kl_form", "kl_placement": "kl_form"}
+_DROPPED_PAIRS = {
+    "k2_reward": "set kl_form='k1_reward': E[k2] is not the KL, and near the reference it hardly pulls back",
+    "k3_reward": "set kl_form='k3_both': the reward alone lacks the gradient by which k3 itself depends on the policy",
+    "exact_reward": "set kl_form='exact_both': a state's own KL is only a baseline in the reward, without its own gradient",
+    "k1_loss": "set kl_form='k1_reward': the expected gradient of k1 in the loss is 0, so nothing is penalized",
+    "k1_both": "set kl_form='k1_reward': k1 in the loss adds only noise",
+    "k2_both": "set kl_form='exact_both': k2 in the reward is biased, whatever the loss adds",
 }
 _CHOICES = {
     "estimator": ESTIMATORS,
     "baseline": BASELINES,
     "objective": OBJECTIVES,
     "truncation": TRUNCATIONS,
-    "kl_estimator": KL_ESTIMATORS,
-    "kl_placement": KL_PLACEMENTS,
+    "kl_form": KL_FORMS,
     "lr_scheduler_type": SCHEDULES,
 }
 
@@ -159,11 +163,10 @@ class PPOConfig:
 
     # Rewards
     reward_weights: list[float] | None = _knob(None, "Weight of each reward function (default: 1 each).")
-    kl_coef: float = _knob(0.05, "Coefficient of the per-token KL penalty to the reference, within the reward.")
+    kl_coef: float = _knob(0.05, "Coefficient of the per-token KL penalty to the reference.")
     kl_target: float | None = _knob(None, "Adapt kl_coef to hold kl_to_ref (nats per completion) here.")
     kl_horizon: int = _knob(10000, "Completions over which the adaptive kl_coef reacts.")
-    kl_estimator: str = _knob("k1", f"What measures that KL: {', '.join(KL_ESTIMATORS)} (over the vocabulary).")
-    kl_placement: str = _knob("reward", "Where it stands: reward, loss, or both (in the loss each state's own).")
+    kl_form: str = _knob("k1_reward", f"What measures that KL, and where it stands: {', '.join(KL_FORMS)}.")
     truncation: str = _knob("end", f"What becomes of a completion cut without EOS: {', '.join(TRUNCATIONS)}.")
     truncation_penalty: float = _knob(1.0, "Taken from a cut completion's reward, with truncation='penalty'.")
 
@@ -233,7 +236,12 @@ class PPOConfig:
     run_name: str = _knob("lmppo", "Name of the run in the trackers.")
     disable_tqdm: bool = _knob(False, "No progress bar.")
 
+    # Replaced; here so that files and flags that still have them get an error which says what to set
+    kl_estimator: str | None = field(default=None, repr=False, metadata={"help": argparse.SUPPRESS})
+    kl_placement: str | None = field(default=None, repr=False, metadata={"help": argparse.SUPPRESS})
+
     def __post_init__(self) -> None:
+        self._refuse_replaced()
         for name, kind in get_type_hints(PPOConfig).items():
             self._check_kind(name, kind)
         for names, holds, rule in _RULES:
@@ -247,13 +255,18 @@ class PPOConfig:
         for wrong, message in self._contradictions():
             if wrong:
                 raise ValueError(message)
-        bias = _KL_BIAS.get((self.kl_estimator, self.kl_placement))
+        bias = _KL_BIAS.get(self.kl_form)
         if bias and self.kl_coef > 0:
-            warnings.warn(
-                f"kl_estimator={self.kl_estimator!r} with kl_placement={self.kl_placement!r} has a biased gradient: "
-                f"{bias} (arXiv 2510.01555). Unbiased: k1 in the reward, exact or k3 in both.",
-                stacklevel=3,
-            )
+            text = f"kl_form={self.kl_form!r} has a biased gradient: {bias} (arXiv 2510.01555)."
+            warnings.warn(f"{text} Unbiased: {', '.join(KL_FORMS[:3])}.", stacklevel=3)
+
+    def _refuse_replaced(self) -> None:
+        given = [f"{name}={getattr(self, name)!r}" for name in REPLACED if getattr(self, name) is not None]
+        pair = f"{self.kl_estimator or 'k1'}_{self.kl_placement or 'reward'}"  # the defaults they had
+        remedy = _DROPPED_PAIRS.get(pair, f"set kl_form to one of {', '.join(KL_FORMS)}")
+        if given:
+            remedy = f"set kl_form={pair!r}" if pair in KL_FORMS else remedy
+            raise ValueError(f"{', '.join(given)}: kl_form has replaced kl_estimator and kl_placement; {remedy}.")
 
     def _check_kind(self, name: str, kind: Any) -> None:
         value = getattr(self, name)
@@ -300,10 +313,6 @@ class PPOConfig:
             (
                 self.estimator != "gae" and (self.critic_lam is not None or self.adaptive_lam_alpha is not None),
                 f"critic_lam and adaptive_lam_alpha are GAE's: estimator={self.estimator!r} has no lambda.",
-            ),
-            (
-                self.kl_placement == "both" and self.kl_estimator == "k1",
-                "kl_placement='both' adds only noise to kl_estimator='k1': set kl_placement='reward'.",
             ),
             (
                 self.objective == "policy_gradient" and not whole,
@@ -366,9 +375,19 @@ class PPOConfig:
         return self.baseline in ("critic", "auto")
 
     @property
+    def kl_measure(self) -> str:
+        """What measures the KL to the reference: ``k1``, ``k2``, ``k3`` or ``exact``."""
+        return self.kl_form.partition("_")[0]
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL to the reference is (also) paid for in the reward; where kl_coef is 0, at no price."""
+        return not self.kl_form.endswith("_loss")
+
+    @property
     def kl_in_loss(self) -> bool:
         """Whether the KL to the reference is (also) a term of the loss."""
-        return self.kl_placement != "reward" and self.kl_coef > 0
+        return not self.kl_form.endswith("_reward") and self.kl_coef > 0
 
     @property
     def truncates_sampling(self) -> bool:
@@ -376,5 +395,5 @@ class PPOConfig:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as plain Python values."""
-        return dataclasses.asdict(self)
+        """All settings, as plain Python values."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in REPLACED}

@@ -1,13 +1,12 @@
 """From a rollout to the rewards, advantages and returns the update needs: the math of `lmppo.functional`, by name."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lmppo.config import PPOConfig, RewardStream
-from lmppo.experience import Rollout
 from lmppo.functional import (
     batch_mean_baseline,
     explained_variance,
@@ -22,6 +21,7 @@ from lmppo.functional import (
     rewards_to_go,
     total_return,
 )
+from lmppo.records import Rollout
 from lmppo.rewards.streams import default_streams, kl_stream
 
 
@@ -53,19 +53,72 @@ def shape_rewards(
 
     Args:
         rollout: The rollout.
-        config: Gives ``kl_placement``, ``truncation`` and ``truncation_penalty``.
+        config: Gives ``kl_form``, ``truncation`` and ``truncation_penalty``.
         streams: The reward streams.
         kl_coef: Price of a nat.
     """
     payer = kl_stream(streams or ())
     rewards = []
     for k in range(rollout.scores.shape[-1]):
-        coef = kl_coef if k == payer and config.kl_placement != "loss" else 0.0
+        coef = kl_coef if k == payer and config.kl_in_reward else 0.0
         scores = rollout.scores[..., k]
         if k == payer and config.truncation == "penalty":
             scores = scores - config.truncation_penalty * _last_token_of_cut_rows(rollout)
         rewards.append(kl_shaped_rewards(scores, rollout.kl_penalty, rollout.completion_mask, kl_coef=coef))
     return torch.stack(rewards, dim=-1)
+
+
+@dataclass(frozen=True)
+class StreamView:
+    """One reward stream as the math sees it: tensors are ``(B, T)``.
+
+    Attributes:
+        mask: The tokens that count.
+        learned: Those of them that are learned from.
+        rewards: Per token, penalties included.
+        values: The critic's, before each token.
+        after_last: ``(B,)`` the value after the last token of a completion that was cut, if it is bootstrapped.
+        gamma: Discount.
+        lam: GAE's lambda.
+        sampled_returns: What a critic that knows everything would give the mean of: Monte-Carlo returns.
+    """
+
+    mask: Tensor
+    learned: Tensor
+    rewards: Tensor
+    values: Tensor
+    after_last: Tensor | None
+    gamma: float
+    lam: float
+    sampled_returns: Tensor
+
+
+def stream_views(
+    rollout: Rollout, rewards: Tensor, learned: Tensor, config: PPOConfig, streams: Sequence[RewardStream]
+) -> list[StreamView]:
+    """A view of each stream, the only place where a stream is selected from tensors that end in K."""
+    views = []
+    for k, stream in enumerate(streams):
+        gamma = config.gamma if stream.gamma is None else stream.gamma
+        lam = config.lam if stream.lam is None else stream.lam
+        after_last = rollout.bootstrap_values[:, k] if config.truncation == "bootstrap" else None
+        if config.estimator == "immediate_rewards":
+            sampled = immediate_rewards(rewards[..., k], rollout.completion_mask)
+        else:
+            sampled = rewards_to_go(rewards[..., k], rollout.completion_mask, gamma=gamma, bootstrap_values=after_last)
+        views.append(
+            StreamView(
+                rollout.completion_mask,
+                learned,
+                rewards[..., k],
+                rollout.values[..., k],
+                after_last,
+                gamma,
+                lam,
+                sampled,
+            )
+        )
+    return views
 
 
 def estimate(
@@ -87,94 +140,79 @@ def estimate(
     Raises:
         RuntimeError: ``truncation='mask'``, and every completion was cut: there is nothing to learn from.
     """
-    streams = streams or default_streams(rewards.shape[-1])
-    mask = rollout.completion_mask
-    if config.truncation == "mask":
-        mask = mask & rollout.ended[:, None]
-        if not mask.any():
-            raise RuntimeError(
-                "truncation='mask': no completion of this rollout ended with EOS, so none is left to learn from. Raise "
-                "max_completion_length, or set truncation='penalty' or 'end'."
-            )
-    parts = [
-        _estimate_stream(select_stream(rollout, k), rewards[..., k], mask, config, stream)
-        for k, stream in enumerate(streams)
-    ]
-    advantages = torch.where(mask, torch.stack([part.advantages for part in parts]).sum(dim=0), 0.0)
-    metrics = {name: sum(part.metrics[name] for part in parts) / len(parts) for name in parts[0].metrics}
+    mask = _learned(rollout, config)
+    views = stream_views(rollout, rewards, mask, config, streams or default_streams(rewards.shape[-1]))
+    trusted = [_is_trusted(view, config) for view in views]
+    advantages = torch.stack([_advantages(view, trust, config) for view, trust in zip(views, trusted, strict=True)])
+    advantages = torch.where(mask, advantages.sum(dim=0), 0.0)
+    metrics: dict[str, float] = {}
+    if config.baseline == "auto":
+        metrics["critic/trusted"] = sum(trusted) / len(trusted)
     if config.uses_critic:
-        sampled = [
-            _sampled_returns(select_stream(rollout, k), rewards[..., k], config, s) for k, s in enumerate(streams)
-        ]
-        explained = explained_variance(rollout.values.sum(dim=-1), torch.stack(sampled).sum(dim=0), mask)
-        metrics["critic/explained_variance"] = explained.item()
+        sampled = torch.stack([view.sampled_returns for view in views]).sum(dim=0)
+        metrics["critic/explained_variance"] = explained_variance(rollout.values.sum(dim=-1), sampled, mask).item()
     variance = masked_var(advantages, mask).item()
     metrics |= {"advantage/mean": masked_mean(advantages, mask).item(), "advantage/std": variance**0.5}
     scale = 1.0
     if config.whiten_advantages:
         scale = 1.0 / (variance + 1e-8) ** 0.5
         advantages = masked_whiten(advantages, mask)
-    return Estimate(mask, advantages, torch.cat([part.returns for part in parts], dim=-1), scale, metrics)
+    returns = torch.stack([_critic_targets(view, config) for view in views], dim=-1)
+    return Estimate(mask, advantages, returns, scale, metrics)
 
 
-def select_stream(rollout: Rollout, k: int) -> Rollout:
-    """The rollout with one of its reward streams."""
-    names = ("values", "scores", "bootstrap_values")
-    return replace(rollout, **{name: getattr(rollout, name)[..., k : k + 1] for name in names})
+def _learned(rollout: Rollout, config: PPOConfig) -> Tensor:
+    """``(B, T)`` the tokens that are learned from."""
+    if config.truncation != "mask":
+        return rollout.completion_mask
+    mask = rollout.completion_mask & rollout.ended[:, None]
+    if not mask.any():
+        raise RuntimeError(
+            "truncation='mask': no completion of this rollout ended with EOS, so none is left to learn from. Raise "
+            "max_completion_length, or set truncation='penalty' or 'end'."
+        )
+    return mask
 
 
-def _sampled_returns(rollout: Rollout, rewards: Tensor, config: PPOConfig, stream: RewardStream) -> Tensor:
-    """``(B, T)`` what a critic that knows everything would give the mean of: the Monte-Carlo returns of one stream."""
-    if config.estimator == "immediate_rewards":
-        return immediate_rewards(rewards, rollout.completion_mask)
-    gamma = config.gamma if stream.gamma is None else stream.gamma
-    after = rollout.bootstrap_values[..., 0] if config.truncation == "bootstrap" else None
-    return rewards_to_go(rewards, rollout.completion_mask, gamma=gamma, bootstrap_values=after)
-
-
-def _estimate_stream(
-    rollout: Rollout, rewards: Tensor, learned: Tensor, config: PPOConfig, stream: RewardStream
-) -> Estimate:
-    mask, values = rollout.completion_mask, rollout.values[..., 0]
-    gamma = config.gamma if stream.gamma is None else stream.gamma
-    to_go = _sampled_returns(rollout, rewards, config, stream)
-    metrics: dict[str, float] = {}
-    trusted = config.baseline == "critic"
+def _is_trusted(view: StreamView, config: PPOConfig) -> bool:
+    """Whether the critic is the baseline of this stream."""
     if config.baseline == "auto":
-        trusted = explained_variance(values, to_go, learned).item() > 0
-        metrics["critic/trusted"] = float(trusted)
-    if config.estimator == "gae":
-        advantages, returns = _gae(rollout, rewards, config, gamma, config.lam if stream.lam is None else stream.lam)
-        if trusted:
-            return Estimate(mask, advantages, returns[..., None], 1.0, metrics)
-        weights = to_go
-    else:
-        weights, returns = {
-            "rewards_to_go": (to_go, to_go),
-            "total_return": (total_return(rewards, mask, gamma=gamma), to_go),
-            "immediate_rewards": (to_go, to_go),
-        }[config.estimator]
+        return explained_variance(view.values, view.sampled_returns, view.learned).item() > 0
+    return config.baseline == "critic"
+
+
+def _advantages(view: StreamView, trusted: bool, config: PPOConfig) -> Tensor:
+    """``(B, T)`` the weights of one stream's tokens, less their baseline."""
+    if config.estimator == "gae" and trusted:
+        return _gae(view, _lam(view, config))[0]
+    weights = view.sampled_returns
+    if config.estimator == "total_return":
+        weights = total_return(view.rewards, view.mask, gamma=view.gamma)
     baseline = torch.zeros_like(weights)
     if trusted:
-        baseline = values
+        baseline = view.values
     elif config.baseline == "leave_one_out":
-        baseline = leave_one_out_baseline(weights, learned, group_size=config.num_generations)
+        baseline = leave_one_out_baseline(weights, view.learned, group_size=config.num_generations)
     elif config.baseline != "none":
-        baseline = batch_mean_baseline(weights, learned)
-    return Estimate(mask, torch.where(mask, weights - baseline, 0.0), returns[..., None], 1.0, metrics)
+        baseline = batch_mean_baseline(weights, view.learned)
+    return torch.where(view.mask, weights - baseline, 0.0)
 
 
-def _gae(rollout: Rollout, rewards: Tensor, config: PPOConfig, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """GAE, the critic's targets with a lambda of their own if asked."""
-    mask, values = rollout.completion_mask, rollout.values[..., 0]
-    after = rollout.bootstrap_values[..., 0] if config.truncation == "bootstrap" else None
+def _critic_targets(view: StreamView, config: PPOConfig) -> Tensor:
+    """``(B, T)`` what the critic of one stream is taught: with GAE its returns, with a lambda of their own if asked."""
+    if config.estimator != "gae":
+        return view.sampled_returns
+    return _gae(view, _lam(view, config) if config.critic_lam is None else config.critic_lam)[1]
 
-    def run(lam: float | Tensor) -> tuple[Tensor, Tensor]:
-        return gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap_values=after)
 
+def _lam(view: StreamView, config: PPOConfig) -> float | Tensor:
+    """GAE's lambda, or with ``adaptive_lam_alpha`` one for each completion."""
     alpha = config.adaptive_lam_alpha
-    advantages, returns = run(lam if alpha is None else length_adaptive_lam(mask, lam=lam, alpha=alpha))
-    return advantages, returns if config.critic_lam is None else run(config.critic_lam)[1]
+    return view.lam if alpha is None else length_adaptive_lam(view.mask, lam=view.lam, alpha=alpha)
+
+
+def _gae(view: StreamView, lam: float | Tensor) -> tuple[Tensor, Tensor]:
+    return gae(view.rewards, view.values, view.mask, gamma=view.gamma, lam=lam, bootstrap_values=view.after_last)
 
 
 def _last_token_of_cut_rows(rollout: Rollout) -> Tensor:

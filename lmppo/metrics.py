@@ -4,16 +4,11 @@ The rollout record is the same on every process, so what is computed from it her
 numbers are reduced where they arise (:mod:`lmppo.update`).
 """
 
-import json
-import math
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from lmppo.collector import ScoredRollout
 from lmppo.functional import explained_variance, masked_mean, masked_var
-from lmppo.rollout import ScoredRollout
 
 # Name -> meaning; docs/metrics.md gives formulas and healthy ranges, and a test holds the two together.
 METRICS = {
@@ -69,18 +64,17 @@ METRICS = {
 }
 
 
-def rollout_metrics(scored: ScoredRollout, names: list[str], *, kl_coef: float) -> dict[str, float]:
+def rollout_metrics(scored: ScoredRollout, *, kl_coef: float) -> dict[str, float]:
     """What can be said of a rollout before the update.
 
     Args:
         scored: The rollout.
-        names: The reward functions' names.
         kl_coef: Coefficient of the KL penalty.
     """
     rollout, mask = scored.rollout, scored.rollout.completion_mask
     scores = rollout.scores.sum(dim=(1, 2))
     kl = rollout.kl_to_ref.sum(dim=1).mean().item()
-    lengths = rollout.completion_lengths.float()
+    lengths = rollout.tokens.lengths.float()
     metrics = {
         "reward": scores.mean().item(),
         "reward_std": scores.std(correction=0).item(),
@@ -92,9 +86,9 @@ def rollout_metrics(scored: ScoredRollout, names: list[str], *, kl_coef: float) 
         "completion_length/min": lengths.min().item(),
         "completion_length/max": lengths.max().item(),
         "eos_rate": rollout.ended.float().mean().item(),
-        "distinct_2": distinct_n(rollout.completion_ids, mask, 2),
+        "distinct_2": distinct_n(rollout.tokens.completion_ids, mask, 2),
     }
-    for name, column in zip(names, scored.per_function.unbind(dim=1), strict=True):
+    for name, column in zip(scored.function_names, scored.per_function.unbind(dim=1), strict=True):
         applied = column[~column.isnan()]
         if len(applied):
             metrics[f"rewards/{name}/mean"] = applied.mean().item()
@@ -102,9 +96,9 @@ def rollout_metrics(scored: ScoredRollout, names: list[str], *, kl_coef: float) 
     return scored.metrics | metrics
 
 
-def completion_columns(scored: ScoredRollout, names: list[str]) -> dict[str, list]:
+def completion_columns(scored: ScoredRollout) -> dict[str, list]:
     """What is shown beside each completion: every reward function's score, the KL, and the functions' own columns."""
-    scores = {name: scored.per_function[:, i].tolist() for i, name in enumerate(names)}
+    scores = {name: scored.per_function[:, i].tolist() for i, name in enumerate(scored.function_names)}
     return scores | {"kl": scored.rollout.kl_to_ref.sum(dim=1).tolist(), **scored.extras}
 
 
@@ -141,38 +135,3 @@ def distinct_n(token_ids: Tensor, mask: Tensor, n: int) -> float:
         grams.append(kept.unfold(0, n, 1) if len(kept) >= n else kept.new_empty(0, n))
     pooled = torch.cat(grams)
     return len(pooled.unique(dim=0)) / len(pooled) if len(pooled) else 1.0
-
-
-class MetricsFile:
-    """``metrics.jsonl``: one row per iteration, flushed as it is written; NaN and infinity become null."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Write one row."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(clean, default=_plain) + "\n")
-
-    def cut_after(self, step: int) -> None:
-        """Drop the rows of later iterations, and what a killed run left half-written: a resumed run writes them anew."""
-        if not self.path.exists():
-            return
-        kept = [line for line in self.path.read_text(errors="replace").splitlines() if _step_of(line) <= step]
-        rewritten = self.path.with_name(f".tmp-{self.path.name}")
-        rewritten.write_text("".join(line + "\n" for line in kept))
-        rewritten.replace(self.path)
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's; anything else a reward function logged as text."""
-    return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf

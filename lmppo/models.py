@@ -11,29 +11,23 @@ Axes: ``B`` sequences, ``P`` prompt positions, ``T`` completion positions, ``S =
 import contextlib
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
-from transformers.utils import logging as hf_logging
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lmppo.experience import select_rows, trim
 from lmppo.functional import token_logprobs
+from lmppo.functional._inputs import widen
+from lmppo.records import Tokens
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-
-def attention_mask_of(prompt_mask: Tensor, completion_mask: Tensor) -> Tensor:
-    """``(B, P + T)`` what the model may attend to: the prompt, and the completion up to its last counted token.
-
-    Gaps within ``completion_mask`` (tokens put there by an environment) are part of the context; padding is not.
-    """
-    inside = completion_mask.flip(1).cummax(1).values.flip(1)
-    return torch.cat([prompt_mask, inside], dim=1)
+HEADS = ("logits", "values")
 
 
 def position_ids_of(attention_mask: Tensor) -> Tensor:
@@ -89,6 +83,97 @@ def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None"
     return get_peft_model(policy, peft_config, autocast_adapter_dtype=False)
 
 
+@dataclass(frozen=True)
+class States:
+    """What a language model has computed of some states, before its head.
+
+    Attributes:
+        hidden: ``(B, n, H)`` what the head reads.
+        logits: ``(B, n, V)`` where the model cannot be split and has computed them already.
+    """
+
+    hidden: Tensor
+    logits: Tensor | None = None
+
+    def drop_last(self) -> "States":
+        """Without the last position."""
+        return States(self.hidden[:, :-1], None if self.logits is None else self.logits[:, :-1])
+
+
+class LanguageModel:
+    """A causal language model in two parts: hidden states once, and the logits of those states when they are asked for.
+
+    The head is the model's own forward with its trunk's output given, so that soft-caps, scales and adapters are part
+    of it. A model for which that is not its own forward to the bit (prompt-learning adapters; models that put their
+    parts together in another way) is not split: its logits come with its hidden states.
+
+    Args:
+        model: A causal language model, plain or with a peft adapter, in evaluation mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.trunk: Any = None
+        self._output_class: Any = None
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        trunk = getattr(base, getattr(base, "base_model_prefix", ""), None)
+        if isinstance(trunk, nn.Module) and self._splits_at(trunk):
+            self.trunk = trunk
+
+    def read(self, tokens: Tokens) -> States:
+        """What the model computes of the ``T + 1`` states before and after each completion token."""
+        return self.forward(last=tokens.completion_ids.shape[1] + 1, **inputs_of(self.model, tokens))
+
+    def forward(self, *, last: int, **inputs: Any) -> States:
+        """The ``last`` positions of a forward pass."""
+        if self.trunk is not None:
+            return States(self.trunk(**inputs).last_hidden_state[:, -last:])
+        out = self.model(**inputs, output_hidden_states=True, logits_to_keep=last)
+        return States(out.hidden_states[-1][:, -last:], out.logits[:, -last:])
+
+    def logits_of(self, states: States) -> Tensor:
+        """``(B, n, V)`` the logits of some states; in float32 whatever the autocast, where the model can be split.
+
+        bfloat16 holds a logit of 80 to a quarter: rounding in the head would be most of what a log-ratio is made of.
+        """
+        if states.logits is not None:
+            return states.logits
+        with torch.autocast(states.hidden.device.type, enabled=False):
+            return self._head(self.trunk, widen(states.hidden))
+
+    def _head(self, trunk: nn.Module, hidden: Tensor) -> Tensor:
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        with _answering(trunk, self._output_class(last_hidden_state=hidden)):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    @torch.no_grad()
+    def _splits_at(self, trunk: nn.Module) -> bool:
+        """Whether trunk and head give what the model's own forward gives, to the bit."""
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            return False  # it puts tokens of its own before the prompt
+        ids = torch.tensor([[1, 2, 1]], device=next(self.model.parameters()).device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        try:
+            output = trunk(**inputs)
+            self._output_class = type(output)
+            return torch.equal(self._head(trunk, output.last_hidden_state), self.model(**inputs).logits)
+        except Exception:  # whatever the parts of a model object to, its own forward is right
+            return False
+
+
+@contextlib.contextmanager
+def _answering(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within it the module answers ``output``, whatever it is given."""
+    own = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
 class ActorCritic(nn.Module):
     """Policy and critic in one module, so that one forward pass (and one DDP wrapper) serves both.
 
@@ -117,6 +202,7 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.bias)
             self.value_head.to(next(policy.parameters()).device)
         self.eval()
+        self.language_model = LanguageModel(policy)
 
     def train(self, mode: bool = True) -> "ActorCritic":
         """Stay in evaluation mode: dropout is off everywhere."""
@@ -131,109 +217,82 @@ class ActorCritic(nn.Module):
         module = self.value_head if self.critic is None else self.critic
         return [p for p in module.parameters() if p.requires_grad]
 
-    def forward(
-        self,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_ids: Tensor,
-        completion_mask: Tensor,
-        values_only: bool = False,
-        policy_only: bool = False,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Logits of the distributions the completion's tokens were drawn from, and the values of those states.
+    def forward(self, tokens: Tokens, heads: Sequence[str] = HEADS) -> dict[str, Tensor]:
+        """What is asked for of the states before each completion token, from one pass of the trunk.
 
         Args:
-            prompt_ids: ``(B, P)``.
-            prompt_mask: ``(B, P)``.
-            completion_ids: ``(B, T)``.
-            completion_mask: ``(B, T)``.
-            values_only: The policy is frozen: no logits, and no gradient reaches the trunk.
-            policy_only: The critic is left alone: no values.
+            tokens: Prompts and completions.
+            heads: Any of ``"logits"`` and ``"values"``. Values alone leave the policy as it is: no gradient reaches a
+                trunk that they share with it.
 
         Returns:
-            ``logits (B, T, V)`` (None if ``values_only``) and ``values (B, T, K)`` (None if ``policy_only``); position
-            t of both is the state before token t.
+            ``{"logits": (B, T, V), "values": (B, T, K)}``, as far as asked; position t of both is the state before
+            token t.
         """
-        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
-        attention_mask = attention_mask_of(prompt_mask, completion_mask)
-        n_completion = completion_ids.shape[1]
-        logits: Any = None
-        hidden: Any = None
-        if not values_only or self.critic is None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not values_only):
-                logits, hidden = causal_forward(self.policy, input_ids, attention_mask, n_completion)
-        if policy_only:
-            return logits, None
-        if self.critic is None:
-            return (None if values_only else logits), self.value_of(hidden)
-        return logits, self.critic_values(input_ids, attention_mask, n_completion)
+        outputs = {}
+        states: Any = None
+        if "logits" in heads or self.critic is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and "logits" in heads):
+                states = self.language_model.read(tokens)
+        if "logits" in heads:
+            outputs["logits"] = self.language_model.logits_of(states)[:, :-1]
+        if "values" in heads:
+            outputs["values"] = self.values_of(states.hidden[:, :-1]) if self.critic is None else self._critic(tokens)
+        return outputs
 
-    def last_values(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-    ) -> Tensor:
-        """``(B, K)`` values of the state after each row's last counted token; shapes as in :meth:`forward`."""
-        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
-        attention_mask = attention_mask_of(prompt_mask, completion_mask)
-        last = (attention_mask * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(dim=1)
+    def logits(self, tokens: Tokens) -> Tensor:
+        """``(B, T, V)`` logits of the distributions that the completion's tokens were drawn from."""
+        return self(tokens, ("logits",))["logits"]
+
+    def last_values(self, tokens: Tokens) -> Tensor:
+        """``(B, K)`` values of the state after each row's last counted token."""
+        attention_mask = tokens.attention_mask
+        columns = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+        last = (attention_mask * columns).argmax(dim=1)
         rows = torch.arange(len(last), device=last.device)
         if self.critic is not None:
-            return self.critic(**_inputs(self.critic, input_ids, attention_mask)).logits[rows, last].float()
-        out = self.policy(
-            **_inputs(self.policy, input_ids, attention_mask), output_hidden_states=True, logits_to_keep=1
-        )
-        return self.value_of(out.hidden_states[-1][rows, last])
+            return self.critic(**inputs_of(self.critic, tokens)).logits[rows, last].float()
+        states = self.language_model.forward(last=attention_mask.shape[1], **inputs_of(self.policy, tokens))
+        return self.values_of(states.hidden[rows, last])
 
-    def value_of(self, hidden: Tensor) -> Tensor:
+    def values_of(self, hidden: Tensor) -> Tensor:
         """The shared trunk's value head, in float32 whatever the autocast: ``(..., H) -> (..., K)``."""
-        assert self.value_head is not None
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float())
 
-    def critic_values(self, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> Tensor:
-        """``(B, T, K)`` values of a critic that is a model of its own, fed the same tokens."""
-        assert self.critic is not None
-        values = self.critic(**_inputs(self.critic, input_ids, attention_mask)).logits
-        return values[:, -n_completion - 1 : -1].float()
-
-
-def causal_forward(model: Any, input_ids: Tensor, attention_mask: Tensor, n_completion: int) -> tuple[Tensor, Tensor]:
-    """Teacher forcing: what the model says at the ``T`` states before each completion token.
-
-    Args:
-        model: A causal language model.
-        input_ids: ``(B, S)``, the completion in the last ``T`` columns.
-        attention_mask: ``(B, S)``.
-        n_completion: ``T``.
-
-    Returns:
-        ``logits (B, T, V)`` and the last hidden states ``(B, T, H)``.
-    """
-    out = model(**_inputs(model, input_ids, attention_mask), output_hidden_states=True, logits_to_keep=n_completion + 1)
-    return out.logits[:, :-1], out.hidden_states[-1][:, -n_completion - 1 : -1]
+    def _critic(self, tokens: Tokens) -> Tensor:
+        n_completion = tokens.completion_ids.shape[1]
+        return self.critic(**inputs_of(self.critic, tokens)).logits[:, -n_completion - 1 : -1].float()
 
 
 @torch.no_grad()
-def score_tokens(logits_of: Any, record: Any, temperature: float, micro_batch_size: int) -> Tensor:
+def score_tokens(
+    logits_of: Callable[[Tokens], Tensor], record: Any, temperature: float, micro_batch_size: int
+) -> Tensor:
     """``(B, T)`` log-probabilities of sampled tokens under a model, a few rows at a time; 0 where the mask is False.
 
     Args:
-        logits_of: ``(prompt_ids, prompt_mask, completion_ids, completion_mask) -> (B, T, V)``.
-        record: The tokens, with those fields and ``support``.
+        logits_of: From tokens to logits ``(B, T, V)``.
+        record: The tokens and their ``support``.
         temperature: Divides the logits.
         micro_batch_size: Rows per forward pass.
     """
-    result = torch.zeros(record.completion_ids.shape, device=record.completion_ids.device)
-    for start in range(0, len(result), micro_batch_size):
-        rows = slice(start, start + micro_batch_size)
-        micro = trim(select_rows(record, rows))
-        logits = logits_of(micro.prompt_ids, micro.prompt_mask, micro.completion_ids, micro.completion_mask)
-        logprobs = token_logprobs(logits, micro.completion_ids, temperature=temperature, support=micro.support)
-        result[rows, : logprobs.shape[1]] = torch.where(micro.completion_mask, logprobs, 0.0)
-    return result
+
+    def score(micro: Any) -> Tensor:
+        return token_logprobs(
+            logits_of(micro.tokens),
+            micro.tokens.completion_ids,
+            temperature=temperature,
+            support=micro.support.allowed(),
+        )
+
+    return record.per_token(score, micro_batch_size=micro_batch_size)
 
 
-def _inputs(model: Any, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
+def inputs_of(model: Any, tokens: Tokens) -> dict[str, Any]:
+    """The arguments of a model's forward pass over prompts and completions."""
+    attention_mask = tokens.attention_mask
+    inputs = {"input_ids": tokens.input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
     if takes_position_ids(model):
         inputs["position_ids"] = position_ids_of(attention_mask)
     return inputs
@@ -266,84 +325,16 @@ class Reference:
                 )
         model = policy if self.adapter_off else ref_model if ref_model is not None else copy.deepcopy(policy)
         if not self.adapter_off:
-            model = model.float().eval().requires_grad_(False)
-        self.model = model
-        self.is_initial_policy = ref_model is None
+            model = model.float().requires_grad_(False)
+        self.model = model.eval()
+        with self._adapter_off():
+            self.language_model = LanguageModel(model)
 
     @torch.no_grad()
-    def logits(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, completion_mask: Tensor
-    ) -> Tensor:
+    def logits(self, tokens: Tokens) -> Tensor:
         """``(B, T, V)`` logits of the states before each completion token."""
-        input_ids = torch.cat([prompt_ids, completion_ids], dim=1)
-        attention_mask = attention_mask_of(prompt_mask, completion_mask)
-        with self.model.disable_adapter() if self.adapter_off else contextlib.nullcontext():
-            return causal_forward(self.model, input_ids, attention_mask, completion_ids.shape[1])[0]
+        with self._adapter_off():
+            return self.language_model.logits_of(self.language_model.read(tokens))[:, :-1]
 
-
-def load_critic(critic: "str | PreTrainedModel", policy: Any, n_streams: int = 1) -> PreTrainedModel:
-    """A critic of its own: a token-classification model with one label per stream.
-
-    A name may also be that of a sequence-classification (reward) model: its value of a prefix is then, at first, the
-    reward it would give that prefix (one label: the logit; two: the log-odds of the second). A language model's trunk
-    gets a new head, which starts at zero.
-
-    Raises:
-        OSError: The critic cannot be loaded.
-        ValueError: Its labels or its vocabulary do not fit.
-    """
-    if isinstance(critic, str | Path):
-        critic = _load_critic_weights(str(critic), n_streams)
-    if getattr(critic.config, "num_labels", None) != n_streams:
-        raise ValueError(f"critic has {critic.config.num_labels} labels; expected {n_streams}, one per reward stream.")
-    n_vocab, n_policy = critic.get_input_embeddings().num_embeddings, policy.get_input_embeddings().num_embeddings
-    if n_vocab < n_policy:
-        raise ValueError(
-            f"critic knows {n_vocab} tokens and the policy {n_policy}: they must share the tokenizer. Train the "
-            f"critic's model with the policy's tokenizer, or leave critic out to share the policy's trunk."
-        )
-    return critic.float()
-
-
-def _load_critic_weights(name: str, n_streams: int) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    config = load_weights_config(AutoConfig, name)
-    architectures = config.architectures or [""]
-    if "ForTokenClassification" in architectures[0] and config.num_labels != n_streams:
-        raise ValueError(
-            f"critic {name!r} has {config.num_labels} labels; expected {n_streams}, one per reward stream."
-        )
-    config.problem_type, config.num_labels = "regression", n_streams  # a classifier's own is refused with one label
-    with _no_load_report():  # it would call the head new, which is what is wanted
-        critic = load_weights(AutoModelForTokenClassification, name, config=config, ignore_mismatched_sizes=True)
-    if "ForTokenClassification" in architectures[0]:
-        return critic
-    head = next(m for n, m in critic.named_modules() if n in ("score", "classifier"))
-    nn.init.zeros_(head.weight)
-    if head.bias is not None:
-        nn.init.zeros_(head.bias)
-    if "ForSequenceClassification" in architectures[0]:
-        scorer = load_weights(AutoModelForSequenceClassification, name)
-        if n_streams == 1 and scorer.config.num_labels <= 2 and hasattr(scorer, "score"):
-            weight = scorer.score.weight.data
-            head.weight.data.copy_(weight[-1:] - weight[:1] if len(weight) == 2 else weight)
-    return critic
-
-
-@contextlib.contextmanager
-def _no_load_report() -> Iterator[None]:
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(before)
-
-
-def load_weights_config(auto_config: Any, name: str) -> Any:
-    """The configuration behind a name, with the same message as :func:`load_weights` when there is none."""
-    try:
-        return auto_config.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise OSError(f"Could not load a model configuration from {name!r}: {str(error).splitlines()[0]}") from error
+    def _adapter_off(self) -> contextlib.AbstractContextManager:
+        return self.model.disable_adapter() if self.adapter_off else contextlib.nullcontext()

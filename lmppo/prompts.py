@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmppo.config import PPOConfig
 from lmppo.protocols import Tokenizer
 from lmppo.rewards.protocol import REWARD_ARGUMENTS
 
@@ -329,3 +330,48 @@ def cut_prompts(dataset: Any, tokenizer: Tokenizer, prompt_tokens: int) -> Any:
     dataset = dataset.select(long_enough)
     dataset.row_numbers = long_enough
     return dataset
+
+
+def load_tokenizer(name_or_path: str) -> Any:
+    """The tokenizer that lies beside a model's weights.
+
+    Raises:
+        OSError: There is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"No tokenizer could be loaded from {name_or_path!r}: it must be a directory or a Hub id that holds one. "
+            f"For a model without, pass processing_class. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def make_prompt_encoder(tokenizer: Any, readers: dict[str, Any], args: PPOConfig) -> PromptEncoder:
+    """The encoder of prompts.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        readers: The models that read prompt and completion (None: not there), by their names as arguments; the policy is
+            ``"model"``. The shortest context decides how long a prompt may be.
+        args: Gives the longest completion.
+
+    Raises:
+        ValueError: The tokenizer has tokens that the policy does not know.
+    """
+    vocab_size = readers["model"].get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model's embedding {vocab_size} rows: they do not "
+            f"belong together, or the model needs model.resize_token_embeddings({len(tokenizer)})."
+        )
+    contexts = {
+        name: getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        for name, model in readers.items()
+        if model is not None
+    }
+    limits = {name: limit for name, limit in contexts.items() if limit is not None}
+    shortest = min(limits, key=lambda name: limits[name], default="model")
+    return PromptEncoder(tokenizer, vocab_size, limits.get(shortest), args.max_completion_length, reader=shortest)

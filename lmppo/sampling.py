@@ -7,6 +7,7 @@ Axes: ``B`` rows, ``P`` prompt positions, ``T`` completion positions, ``V`` voca
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,30 +15,15 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from lmppo.checks import check_logits
+from lmppo.config import PPOConfig
 from lmppo.functional import token_logprobs
-from lmppo.models import ActorCritic, attention_mask_of, position_ids_of, takes_position_ids
+from lmppo.models import ActorCritic, position_ids_of, takes_position_ids
+from lmppo.records import Samples, Tokens
+from lmppo.support import Support, pack
 
 # What a stream of noise is for; each purpose has its own numbers.
 ROLLOUT, EVALUATION = 0, 1
-
-
-class NonFiniteError(RuntimeError):
-    """A number that must be finite is NaN or infinite; nothing was updated or saved with it."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What :func:`sample` returns; shapes and meanings as in :class:`lmppo.experience.Rollout`."""
-
-    prompt_ids: Tensor
-    prompt_mask: Tensor
-    completion_ids: Tensor
-    completion_mask: Tensor
-    logprobs: Tensor
-    values: Tensor
-    ended: Tensor
-    max_logit: Tensor
-    support: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,8 +46,22 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
 
-    def support(self, logits: Tensor) -> Tensor:
-        """``(B, V)`` True on the tokens that may be sampled; ``(B, 1)`` and True if all may."""
+    @classmethod
+    def of(cls, config: PPOConfig, tokenizer: Any, policy: Any) -> "SamplingParams":
+        """What the configuration asks for, ending at the model's (or else the tokenizer's) end-of-text tokens."""
+        eos = getattr(policy.generation_config, "eos_token_id", None)
+        eos = tokenizer.eos_token_id if eos is None else eos
+        return cls(
+            max_completion_length=config.max_completion_length,
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+        )
+
+    def allowed(self, logits: Tensor) -> Tensor | None:
+        """``(B, V)`` True on the tokens that may be sampled; None if all may."""
         warpers = LogitsProcessorList()
         if self.top_k > 0:
             warpers.append(TopKLogitsWarper(min(self.top_k, logits.shape[-1])))
@@ -70,7 +70,7 @@ class SamplingParams:
         if self.min_p > 0:
             warpers.append(MinPLogitsWarper(self.min_p))
         if not warpers:
-            return torch.ones(logits.shape[0], 1, dtype=torch.bool, device=logits.device)
+            return None
         return warpers(torch.empty(0), logits.float() / self.temperature) > float("-inf")
 
 
@@ -91,17 +91,19 @@ def uniform_noise(seed: int, iteration: int, rows: range, n_time: int, *, purpos
     return torch.from_numpy(noise)
 
 
-def draw(logits: Tensor, support: Tensor, uniforms: Tensor, *, temperature: float) -> Tensor:
+def draw(logits: Tensor, allowed: Tensor | None, uniforms: Tensor, *, temperature: float) -> Tensor:
     """``(B,)`` tokens by inversion of the cumulative distribution: the first token whose cdf exceeds the uniform.
 
     Args:
         logits: ``(B, V)``.
-        support: ``(B, V)`` or ``(B, 1)``.
+        allowed: ``(B, V)`` True on the tokens that may be drawn; None: all.
         uniforms: ``(B,)`` in [0, 1).
         temperature: Divides the logits.
 
     """
-    scaled = (logits.float() / temperature).masked_fill(~support, float("-inf"))
+    scaled = logits.float() / temperature
+    if allowed is not None:
+        scaled = scaled.masked_fill(~allowed, float("-inf"))
     cdf = scaled.softmax(dim=-1).double().cumsum(dim=-1)
     total = cdf[:, -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))
@@ -125,36 +127,38 @@ def sample(
         params: The distribution.
 
     Returns:
-        :class:`Samples`, ``T = params.max_completion_length``; 0 where the mask is False.
+        :class:`lmppo.records.Samples`, ``T = params.max_completion_length``; 0 where the mask is False.
 
     Raises:
         NonFiniteError: The policy's logits are NaN or infinite.
     """
     device, n_rows, n_time = prompt_ids.device, prompt_ids.shape[0], params.max_completion_length
-    n_streams = model.n_streams
     ids = torch.zeros(n_rows, n_time, dtype=torch.long, device=device)
     mask = torch.zeros(n_rows, n_time, dtype=torch.bool, device=device)
     logprobs = torch.zeros(n_rows, n_time, device=device)
-    values = torch.zeros(n_rows, n_time, n_streams, device=device)
+    values = torch.zeros(n_rows, n_time, model.n_streams, device=device)
     ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
     max_logit = torch.zeros(n_rows, device=device)
-    supports = []
+    support = Support.of_all(n_rows, n_time, device)
     eos = torch.tensor(params.eos_token_ids, dtype=torch.long, device=device)
 
     decoder = _Decoder(model, prompt_ids, prompt_mask)
     alive = torch.arange(n_rows, device=device)
     for t in range(n_time):
-        logits, hidden = decoder.logits, decoder.hidden
-        _check_finite(logits, alive)
+        logits = decoder.logits
+        check_logits(logits, alive)
         max_logit[alive] = torch.maximum(max_logit[alive], _largest(logits))
-        support = params.support(logits)
-        token = draw(logits, support, uniforms[:, t].to(device)[alive], temperature=params.temperature)
+        allowed = params.allowed(logits)
+        token = draw(logits, allowed, uniforms[:, t].to(device)[alive], temperature=params.temperature)
         ids[alive, t] = token
         mask[alive, t] = True
-        logprobs[alive, t] = token_logprobs(logits, token, temperature=params.temperature, support=support)
-        if hidden is not None:
-            values[alive, t] = model.value_of(hidden)
-        supports.append(_scatter_support(support, alive, n_rows))
+        logprobs[alive, t] = token_logprobs(logits, token, temperature=params.temperature, support=allowed)
+        if model.critic is None:
+            values[alive, t] = model.values_of(decoder.hidden)
+        if allowed is not None:
+            if t == 0:
+                support = Support.of_bits(n_rows, n_time, allowed.shape[-1], device)
+            support.entries[alive, t] = pack(allowed)
         finished = torch.isin(token, eos)
         ended[alive] = finished
         if t + 1 == n_time or bool(finished.all()):
@@ -164,21 +168,10 @@ def sample(
             decoder.keep(~finished)
         decoder.feed(token)
 
+    tokens = Tokens(prompt_ids, prompt_mask, ids, mask)
     if model.critic is not None:
-        sequence = torch.cat([prompt_ids, ids], dim=1)
-        values = model.critic_values(sequence, attention_mask_of(prompt_mask, mask), n_time)
-        values = torch.where(mask[..., None], values, 0.0)
-    support = torch.stack(supports, dim=1)
-    padding = support.new_ones(n_rows, n_time - support.shape[1], support.shape[2])
-    support = torch.cat([support, padding], dim=1)
-    return Samples(prompt_ids, prompt_mask, ids, mask, logprobs, values, ended, max_logit, support)
-
-
-def _check_finite(logits: Tensor, rows: Tensor) -> None:
-    """No NaN and no +inf; -inf is a token the model itself rules out."""
-    broken = rows[~logits.amax(dim=-1).isfinite()].tolist()
-    if broken:
-        raise NonFiniteError(f"The policy's logits are not finite in rows {broken[:8]} of this process's batch.")
+        values = torch.where(mask[..., None], model(tokens, ("values",))["values"], 0.0)
+    return Samples(tokens, support, logprobs, values, ended, max_logit)
 
 
 def _largest(logits: Tensor) -> Tensor:
@@ -186,23 +179,16 @@ def _largest(logits: Tensor) -> Tensor:
     return logits.float().masked_fill(logits == float("-inf"), 0.0).abs().amax(dim=-1)
 
 
-def _scatter_support(support: Tensor, alive: Tensor, n_rows: int) -> Tensor:
-    whole = torch.ones(n_rows, support.shape[1], dtype=torch.bool, device=support.device)
-    whole[alive] = support
-    return whole
-
-
 class _Decoder:
     """The policy's KV cache, fed one token per row at a time; rows can be dropped.
 
     Attributes:
         logits: ``(B, V)`` of the next token.
-        hidden: ``(B, H)`` last hidden state, or None if the critic does not read the trunk.
+        hidden: ``(B, H)`` last hidden state.
     """
 
     def __init__(self, model: ActorCritic, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
-        self.policy = model.policy
-        self.wants_hidden = model.critic is None
+        self.language_model = model.language_model
         self.wants_positions = takes_position_ids(model.policy)
         self.cache = DynamicCache(config=model.policy.config)
         self.attention_mask = prompt_mask.long()
@@ -220,14 +206,13 @@ class _Decoder:
         self.attention_mask = self.attention_mask[rows]
 
     def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        out = self.policy(
+        states = self.language_model.forward(
+            last=1,
             input_ids=input_ids,
             attention_mask=self.attention_mask,
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=1,
-            output_hidden_states=self.wants_hidden,
             **({"position_ids": position_ids} if self.wants_positions else {}),
         )
-        self.logits = out.logits[:, -1]
-        self.hidden = out.hidden_states[-1][:, -1] if self.wants_hidden else None
+        self.logits = self.language_model.logits_of(states)[:, -1]
+        self.hidden = states.hidden[:, -1]

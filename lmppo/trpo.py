@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lmppo.checks import NonFiniteError, check_first_ratio
 from lmppo.config import PPOConfig
-from lmppo.experience import Experience, select_rows, trim
-from lmppo.functional import approx_kl, exact_kl, importance_sampled_loss, masked_mean, token_logprobs_and_entropy
-from lmppo.models import attention_mask_of, causal_forward
-from lmppo.sampling import NonFiniteError
-from lmppo.step_zero import check_first_ratio
+from lmppo.functional import exact_kl, importance_sampled_loss, token_logprobs_and_entropy
+from lmppo.loss import ratio_sums
+from lmppo.models import LanguageModel
+from lmppo.records import Experience
 
 BACKTRACK = 0.8
 """Each try of the line search is this much shorter than the one before."""
@@ -32,7 +32,7 @@ Measures = dict[str, float]
 _MEASURES = ("policy_loss", "trpo/kl", "approx_kl", "entropy", "ratio", "log_ratio_max")
 
 
-def trpo_step(
+def trpo_update(
     model: nn.Module,
     experience: Experience,
     config: PPOConfig,
@@ -62,7 +62,7 @@ def trpo_step(
         first_ratio_tolerance: If given, the largest |log ratio| allowed before the step, where it must be 0.
 
     Returns:
-        ``policy_loss, approx_kl, entropy, ratio``: after the step, means over counted tokens. ``log_ratio_max``: the
+        ``policy_loss, approx_kl, entropy, ratio``: after the step, means over counted tokens. ``first_ratio_error``: the
         largest |log ratio| *before* it, which rounding alone explains. ``trpo/grad_norm`` of the surrogate;
         ``trpo/kl``: exact; ``trpo/expected_improvement`` of the surrogate by the whole of s, to first order;
         ``trpo/improvement``: what the step taken brought; ``trpo/step_fraction`` of s that was taken, 0 if none;
@@ -89,8 +89,8 @@ def trpo_step(
         step, residual = _natural_step(batch, gradient, config, iteration)
         expected = torch.dot(gradient, step).item()
         after, fraction = _line_search(batch, step, start, config)
-    return after | {
-        "log_ratio_max": start["log_ratio_max"],
+    return {name: value for name, value in after.items() if name != "log_ratio_max"} | {
+        "first_ratio_error": start["log_ratio_max"],
         "trpo/grad_norm": gradient.norm().item(),
         "trpo/expected_improvement": expected,
         "trpo/improvement": start["policy_loss"] - after["policy_loss"],
@@ -184,9 +184,8 @@ class PolicyBatch:
         self.policy = _Logits(policy, accelerator)
         self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         _check_differentiable(policy, self.parameters)
-        mine = select_rows(experience, slice(accelerator.process_index, None, accelerator.num_processes))
-        starts = range(0, len(mine.completion_mask), config.micro_batch_size)
-        self.micros = [trim(select_rows(mine, slice(i, i + config.micro_batch_size))) for i in starts]
+        mine = experience.rows(slice(accelerator.process_index, None, accelerator.num_processes))
+        self.micros = [micro for _, micro in mine.micro_batches(config.micro_batch_size)]
         self.n_tokens = max(1, int(experience.completion_mask.sum()))
         self.config, self.accelerator = config, accelerator
 
@@ -236,23 +235,21 @@ class PolicyBatch:
         return torch.cat([part.reshape(-1) for part in parts])
 
     def _kl(self, micro: Experience, old: Tensor, new: Tensor) -> Tensor:
-        kl = exact_kl(old, new, temperature=self.config.temperature, support=micro.support)
+        kl = exact_kl(old, new, temperature=self.config.temperature, support=micro.support.allowed())
         return torch.where(micro.completion_mask, kl, 0.0).sum()
 
     def _losses(self, micro: Experience, logits: Tensor) -> dict[str, Tensor]:
         """Sums over counted tokens; of the log-ratios the largest."""
-        mask, old = micro.completion_mask, micro.old_logprobs
         logprobs, entropy = token_logprobs_and_entropy(
-            logits, micro.completion_ids, temperature=self.config.temperature, support=micro.support
+            logits,
+            micro.tokens.completion_ids,
+            temperature=self.config.temperature,
+            support=micro.support.allowed(),
         )
-        log_ratio = torch.where(mask, logprobs - old, 0.0)
-        return {
-            "policy_loss": importance_sampled_loss(logprobs, old, micro.advantages, mask).sum(),
-            "approx_kl": approx_kl(logprobs, old, mask) * mask.sum(),
-            "entropy": torch.where(mask, entropy, 0.0).sum(),
-            "ratio": masked_mean(log_ratio.exp(), mask) * mask.sum(),
-            "log_ratio_max": log_ratio.abs().max(),
-        }
+        mask = micro.completion_mask
+        loss = importance_sampled_loss(logprobs, micro.old_logprobs, micro.advantages, mask)
+        sums = {"policy_loss": loss.sum(), "entropy": torch.where(mask, entropy, 0.0).sum()}
+        return sums | ratio_sums(logprobs, micro)
 
 
 class _Logits(nn.Module):
@@ -264,13 +261,13 @@ class _Logits(nn.Module):
     def __init__(self, policy: Any, accelerator: Accelerator) -> None:
         super().__init__()
         self.policy = policy
+        self.language_model = LanguageModel(policy)
         self.autocast = accelerator.autocast
 
     def forward(self, micro: Experience) -> Tensor:
-        ids = torch.cat([micro.prompt_ids, micro.completion_ids], dim=1)
-        attention_mask = attention_mask_of(micro.prompt_mask, micro.completion_mask)
         with sdpa_kernel(SDPBackend.MATH), self.autocast():
-            return causal_forward(self.policy, ids, attention_mask, micro.completion_ids.shape[1])[0]
+            states = self.language_model.read(micro.tokens)
+            return self.language_model.logits_of(states)[:, :-1]
 
 
 def _check_differentiable(policy: Any, parameters: dict[str, nn.Parameter]) -> None:

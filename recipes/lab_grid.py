@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lmppo.config import PPOConfig
 from lmppo.estimators import estimate
-from lmppo.experience import Rollout, select_rows
 from lmppo.functional.exact import Completions, completion_logprobs, expected_return, state_logits
+from lmppo.records import Rollout, Tokens
+from lmppo.support import Support
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,13 @@ class Problem:
         """All completions as one rollout, with these values (N, T) as its critic's."""
         grid, n = self.completions, len(self.rewards)
         return Rollout(
-            prompt_ids=torch.ones(n, 1, dtype=torch.long),
-            prompt_mask=torch.ones(n, 1, dtype=torch.bool),
-            completion_ids=grid.ids,
-            completion_mask=grid.mask,
+            tokens=Tokens(
+                prompt_ids=torch.ones(n, 1, dtype=torch.long),
+                prompt_mask=torch.ones(n, 1, dtype=torch.bool),
+                completion_ids=grid.ids,
+                completion_mask=grid.mask,
+            ),
+            support=Support.of_all(n, grid.ids.shape[1]),
             logprobs=self.logprobs,
             ref_logprobs=self.logprobs,
             values=values.unsqueeze(-1),
@@ -79,7 +83,6 @@ class Problem:
             bootstrap_values=torch.zeros(n, 1),
             ended=torch.ones(n, dtype=torch.bool),
             max_logit=torch.zeros(n),
-            support=torch.ones(n, grid.ids.shape[1], 1, dtype=torch.bool),
         )
 
     def weights(self, config: PPOConfig, values: Tensor, rows: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ class Problem:
         everything = self.rollout(values)
         together = config.baseline not in ("batch_mean", "auto")  # else each batch is judged by itself
         parts = [rows.flatten()] if together else list(rows)
-        rollouts = [select_rows(everything, part) for part in parts]
+        rollouts = [everything.rows(part) for part in parts]
         advantages = [estimate(rollout, rollout.scores, config).advantages for rollout in rollouts]
         return torch.cat(advantages).view(*rows.shape, -1)
 

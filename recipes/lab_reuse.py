@@ -11,11 +11,11 @@ from lab_training import ROLLOUT_SIZE, exact_logprobs, make_trainer, share_of_th
 from torch import Tensor
 
 from lmppo import RewardStream
-from lmppo.build import make_optimizer
 from lmppo.estimators import estimate, shape_rewards
-from lmppo.experience import Experience
 from lmppo.functional.exact import sequence_kl, state_values
-from lmppo.objectives import Penalties
+from lmppo.loss import Penalties
+from lmppo.optimizer import make_optimizer
+from lmppo.records import Experience, Tokens
 from lmppo.update import ppo_update
 
 REUSES = ("clip", "kl_penalty", "importance_sampled")
@@ -32,11 +32,11 @@ def reuse(passes: int, seeds: int, steps: int = 10) -> dict[str, dict[str, list[
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as directory:
             trainer = make_trainer(directory, seed=seed)
-            for iteration in range(steps):
-                trainer.step(iteration)
+            for _ in range(steps):
+                trainer.step()
         args, old = trainer.args, copy.deepcopy(trainer.actor_critic.state_dict())
         old_logprobs = exact_logprobs(trainer.actor_critic.policy)
-        rollout = trainer.rollout(trainer.prompts.next_batch(ROLLOUT_SIZE), steps).rollout
+        rollout = trainer.collector.collect(trainer.prompts.next_batch(ROLLOUT_SIZE), steps).rollout
         estimated = estimate(rollout, shape_rewards(rollout, args, kl_coef=args.kl_coef), args)
         experience = Experience.from_rollout(rollout, estimated.advantages, estimated.returns)
         for name in REUSES:
@@ -75,8 +75,8 @@ def streams(steps: int) -> dict[str, dict[str, Any]]:
         spread = (visits * (truth - (visits * truth).sum(dim=(0, 1))).square()).sum(dim=(0, 1))
         values = critic_values(trainer.actor_critic)
         errors = []
-        for iteration in range(steps):
-            trainer.step(iteration)
+        for _ in range(steps):
+            trainer.step()
             values = critic_values(trainer.actor_critic)
             errors.append(((visits * (values - truth).square()).sum(dim=(0, 1)) / spread).sqrt())
     return {
@@ -99,4 +99,5 @@ def true_values(logprobs: Tensor) -> Tensor:
 def critic_values(model: Any) -> Tensor:
     """``(N, T, K)`` of every state of every completion."""
     prompt = torch.full((len(MASK), 1), TOKENS.index(PROMPT))
-    return model(prompt, torch.ones_like(prompt, dtype=torch.bool), COMPLETIONS.ids, MASK, values_only=True)[1]
+    tokens = Tokens(prompt, torch.ones_like(prompt, dtype=torch.bool), COMPLETIONS.ids, MASK)
+    return model(tokens, ("values",))["values"]

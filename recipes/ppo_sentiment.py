@@ -32,7 +32,7 @@ class RecipeArguments:
     watch_funcs: list[str] | None = field(default=None, metadata={"help": "As reward_funcs, but logged and no reward."})
     prompt_tokens: int = field(default=8, metadata={"help": "Tokens of the prompts cut from a `text` column."})
     critic_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A critic of its own (default: a value head on the policy's trunk)."}
+        default=None, metadata={"help": "A critic; auto:<name>: if it reads the policy's tokens; none: a value head."}
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the reference is the adapter off."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
@@ -87,8 +87,8 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from lmppo import PPOTrainer  # heavy imports wait until the command line has been read
-    from lmppo.build import load_tokenizer
     from lmppo.plots import plot_run
+    from lmppo.prompts import load_tokenizer
 
     disable_progress_bar()
     tokenizer = load_tokenizer(recipe.model_name_or_path)

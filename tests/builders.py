@@ -1,5 +1,6 @@
 """Runs small enough to train within a test: twelve tokens, tiny models, prompts and completions of many lengths."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,11 +10,11 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2ForTokenClassification, LlamaConfig, LlamaForTokenClassification
 
 from lmppo import PPOConfig, PPOTrainer
-from lmppo.checkpoint import optimizer_tensors
-from lmppo.experience import Experience
 from lmppo.models import ActorCritic, load_policy
 from lmppo.prompts import pad_left
-from lmppo.sampling import Samples, SamplingParams, sample, uniform_noise
+from lmppo.records import Experience, Samples, Tokens
+from lmppo.run.checkpoint import optimizer_tensors
+from lmppo.sampling import SamplingParams, sample, uniform_noise
 
 VOCAB = 12
 EOS = 0
@@ -143,10 +144,7 @@ def make_experience(samples: Samples, seed=3) -> Experience:
     generator = torch.Generator().manual_seed(seed)
     shape = samples.completion_mask.shape
     return Experience(
-        prompt_ids=samples.prompt_ids,
-        prompt_mask=samples.prompt_mask,
-        completion_ids=samples.completion_ids,
-        completion_mask=samples.completion_mask,
+        tokens=samples.tokens,
         support=samples.support,
         old_logprobs=samples.logprobs,
         ref_logprobs=samples.logprobs + 0.3 * torch.randn(shape, generator=generator),
@@ -154,6 +152,23 @@ def make_experience(samples: Samples, seed=3) -> Experience:
         advantages=torch.randn(shape, generator=generator),
         returns=torch.randn(*shape, 1, generator=generator),
     )
+
+
+def supports(record):
+    """``(B, T, V)``, or ``(B, T, 1)`` where all tokens could be sampled: the support as bools."""
+    allowed = record.support.allowed()
+    return torch.ones(*record.completion_mask.shape, 1, dtype=torch.bool) if allowed is None else allowed
+
+
+def read(model, *batch):
+    """Logits and values of prompt ids and mask, completion ids and mask."""
+    outputs = model(Tokens(*batch))
+    return outputs["logits"], outputs["values"]
+
+
+def with_mask(record, mask):
+    """The record with another completion mask."""
+    return dataclasses.replace(record, tokens=dataclasses.replace(record.tokens, completion_mask=mask))
 
 
 def alone(tensor, mask, row):

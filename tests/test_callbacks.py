@@ -7,7 +7,7 @@ from builders import PROMPTS, count_a, make_trainer, metrics_rows, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from lmppo.checkpoint import list_checkpoints
+from lmppo.run.checkpoint import list_checkpoints
 
 # --- callbacks -------------------------------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ def test_callbacks_are_fired_in_order(tmp_path):
 
 
 def test_a_class_of_callbacks_is_made_into_one(tmp_path):
-    assert type(make_trainer(tmp_path, callbacks=[TrainerCallback]).callbacks[0]) is TrainerCallback
+    assert type(make_trainer(tmp_path, callbacks=[TrainerCallback]).run.callbacks[0]) is TrainerCallback
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,6 @@ def test_metrics_are_those_of_the_run(tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.01, 0.02 / 3, 0.01 / 3])
     assert [row["critic_learning_rate"] for row in rows] == pytest.approx([0.1, 0.2 / 3, 0.1 / 3])
-    assert rows[-1]["num_tokens"] == sum(round(row["completion_length"] * 8) for row in rows) == trainer.num_tokens
+    assert rows[-1]["num_tokens"] == sum(round(row["completion_length"] * 8) for row in rows) == trainer.run.num_tokens
     assert [row["epoch"] for row in rows] == pytest.approx([8 / 6, 16 / 6, 24 / 6])
     assert [row["optimizer_steps"] for row in rows] == [4, 4, 4]

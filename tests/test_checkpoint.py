@@ -24,8 +24,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from lmppo.checkpoint import (
+from lmppo.run.checkpoint import (
     CheckpointError,
+    FormatError,
     checkpoint_dir,
     list_checkpoints,
     load_checkpoint,
@@ -107,7 +108,7 @@ def test_everything_comes_back_to_the_last_bit(trained, tmp_path):
     assert len(optimizer_state(fresh)) == 3 * sum(p.requires_grad for p in fresh.actor_critic.parameters())
     assert state["step"] == 2
     assert state["prompts"] == {"drawn": 16}
-    assert state["num_tokens"] == trainer.num_tokens
+    assert state["num_tokens"] == trainer.run.num_tokens
     assert state["settings"]["learning_rate"] == 1e-2
     if kind != "lora":
         policy = fresh.actor_critic.policy
@@ -162,7 +163,7 @@ def test_any_damage_to_any_file_is_noticed_and_named(copied, name):
         verify_checkpoint(newest)
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "null", "{}", '{"format_version": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "null", "{}", '{"format_version": 2}', b"\xff\xfe"])
 def test_without_a_manifest_it_is_no_checkpoint(copied, content):
     manifest = checkpoint_dir(copied, 2) / "MANIFEST.json"
     manifest.unlink()
@@ -195,8 +196,8 @@ def test_no_flipped_bit_of_the_manifest_lets_other_weights_through(copied):
 
 def test_a_manifest_that_lists_nothing_protects_nothing_and_is_refused(copied):
     newest = checkpoint_dir(copied, 2)
-    (newest / "MANIFEST.json").write_text('{"format_version": 1, "files": {}}')
-    with pytest.raises(CheckpointError):
+    (newest / "MANIFEST.json").write_text('{"format_version": 2, "files": {}}')
+    with pytest.raises(CheckpointError, match="optimizer.safetensors is not the file that was saved"):
         verify_checkpoint(newest)
 
 
@@ -206,11 +207,24 @@ def test_a_file_of_another_checkpoint_is_noticed(copied):
         verify_checkpoint(checkpoint_dir(copied, 2))
 
 
-def test_a_newer_format_asks_for_an_upgrade(copied):
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (999, r"step-000002 was made by a newer lmppo \(format 999\): upgrade lmppo to resume it\.$"),
+        (
+            1,
+            r"step-000002 was made by an earlier lmppo \(format 1\), which this one cannot continue: choose another ",
+        ),
+    ],
+)
+def test_another_format_is_refused_and_not_taken_for_damage(copied, version, message):
+    """Nor is an older checkpoint taken in its place."""
     manifest = checkpoint_dir(copied, 2) / "MANIFEST.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 999}))
-    with pytest.raises(CheckpointError, match=r"made by a newer lmppo \(format 999\): upgrade"):
-        verify_checkpoint(checkpoint_dir(copied, 2))
+    assert json.loads(manifest.read_text())["format_version"] == 2
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": version}))
+    for look in (lambda: verify_checkpoint(checkpoint_dir(copied, 2)), lambda: newest_valid_checkpoint(copied)):
+        with pytest.raises(FormatError, match=message):
+            look()
 
 
 def test_an_unknown_file_beside_the_others_is_ignored(copied):
@@ -231,7 +245,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_new_one(trained, tmp
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("lmppo.checkpoint.save_file", fail)
+    monkeypatch.setattr("lmppo.run.checkpoint.save_file", fail)
     for place in (target, checkpoint_dir(tmp_path, 2)):
         with pytest.raises(OSError, match="disk full"):
             save_checkpoint(place, *arguments)
@@ -348,7 +362,10 @@ def test_final_holds_the_critic(trained):
     samples = make_samples(trainer.actor_critic)
     prompt, completion = (
         alone(ids, mask, 2)
-        for ids, mask in ((samples.prompt_ids, samples.prompt_mask), (samples.completion_ids, samples.completion_mask))
+        for ids, mask in (
+            (samples.tokens.prompt_ids, samples.tokens.prompt_mask),
+            (samples.tokens.completion_ids, samples.completion_mask),
+        )
     )
     _, values = row_alone(trainer.actor_critic, prompt, completion)
     ids = torch.cat([prompt, completion])[None]

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from trl import TrlParser
 
 import lmppo
 from lmppo import PPOConfig
+from lmppo.config import KL_FORMS, REPLACED
 
 NAN, INF = math.nan, math.inf
 COUNT = (0, -1)
@@ -31,8 +33,7 @@ BAD = {
     "kl_coef": RATE,
     "kl_target": POSITIVE,
     "kl_horizon": COUNT,
-    "kl_estimator": ("k4",),
-    "kl_placement": ("rewards",),
+    "kl_form": ("k1", "k1_loss", "k3_reward"),
     "truncation": ("drop",),
     "truncation_penalty": RATE,
     "estimator": ("gea", ""),
@@ -83,7 +84,7 @@ BAD = {
 # Any text, any list and any bool is acceptable; reward_weights are checked with the reward functions they belong to.
 FREE = {"output_dir", "resume_from_checkpoint", "use_cpu", "bf16", "shuffle_dataset", "whiten_advantages",
         "reward_weights", "report_to", "run_name", "disable_tqdm"}  # fmt: skip
-FIELDS = {f.name: f for f in dataclasses.fields(PPOConfig)}
+FIELDS = {f.name: f for f in dataclasses.fields(PPOConfig) if f.name not in REPLACED}
 
 
 def test_every_setting_with_a_range_is_tested():
@@ -135,12 +136,11 @@ CONTRADICTIONS = [
     (NO_CRITIC | {"critic_epochs": 2}, "critic_warmup_steps and critic_epochs need a critic"),
     ({"estimator": "rewards_to_go", "critic_lam": 1.0}, "critic_lam and adaptive_lam_alpha are GAE's"),
     ({"estimator": "rewards_to_go", "adaptive_lam_alpha": 0.1}, "critic_lam and adaptive_lam_alpha are GAE's"),
-    ({"kl_placement": "both"}, "kl_placement='both' adds only noise to kl_estimator='k1'"),
     ({"objective": "policy_gradient"}, "objective='policy_gradient' holds for one step per rollout"),
     ({"objective": "policy_gradient", "ppo_epochs": 1}, "objective='policy_gradient' holds for one step"),
     ({"objective": "trpo", "ent_coef": 0.1}, "objective='trpo' takes one step within trpo_max_kl"),
     ({"objective": "trpo", "target_kl": 0.1}, "objective='trpo' takes one step within trpo_max_kl"),
-    ({"objective": "trpo", "kl_estimator": "exact", "kl_placement": "both"}, "objective='trpo' takes one step"),
+    ({"objective": "trpo", "kl_form": "exact_both"}, "objective='trpo' takes one step"),
     (
         WHOLE | {"objective": "policy_gradient", "target_kl": 0.1},
         "objective='policy_gradient' takes its one step at KL",
@@ -244,3 +244,102 @@ def test_an_unknown_key_is_an_error(tmp_path):
 def test_bad_yaml_values_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"gamma=1\.5"):
         parse(tmp_path, "gamma: 1.5\n")
+
+
+# --- the KL penalty's form -------------------------------------------------------------------------------------------
+
+PLACES = {"reward": (True, False), "loss": (False, True), "both": (True, True)}
+
+
+@pytest.mark.filterwarnings("ignore:kl_form")
+@pytest.mark.parametrize("form", KL_FORMS)
+def test_a_form_is_an_estimator_and_a_place(form):
+    measure, place = form.split("_")
+    config = PPOConfig(kl_form=form, kl_coef=0.1)
+    assert config.kl_measure == measure and measure in ("k1", "k2", "k3", "exact")
+    assert (config.kl_in_reward, config.kl_in_loss) == PLACES[place]
+    free = PPOConfig(kl_form=form, kl_coef=0.0)
+    assert (free.kl_in_reward, free.kl_in_loss) == (PLACES[place][0], False), "at no price it is no term of the loss"
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("k2_loss", "the KL of later states is left out"),
+        ("k3_loss", "the other direction"),
+        ("exact_loss", "the KL of later states is left out: use 'exact_both'"),
+    ],
+)
+def test_a_biased_form_warns_and_says_why(form, reason):
+    with pytest.warns(UserWarning, match=f"kl_form='{form}' has a biased gradient: .*{reason}") as caught:
+        PPOConfig(kl_form=form)
+    assert "Unbiased: k1_reward, k3_both, exact_both." in str(caught[0].message)
+    assert caught[0].filename == __file__, "the line that made the configuration"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("form", KL_FORMS)
+def test_other_forms_do_not_warn_and_none_does_at_no_price(form):
+    PPOConfig(kl_form=form, kl_coef=0.0 if form.endswith("_loss") else 0.1)
+
+
+# Old pairs of kl_estimator and kl_placement that no form continues: the form to use, and why (test_exact_kl proves it).
+DROPPED = {
+    ("k2", "reward"): ("k1_reward", r"E\[k2\] is not the KL"),
+    ("k3", "reward"): ("k3_both", "lacks the gradient by which k3 itself depends on the policy"),
+    ("exact", "reward"): ("exact_both", "only a baseline in the reward"),
+    ("k1", "loss"): ("k1_reward", "the expected gradient of k1 in the loss is 0"),
+    ("k1", "both"): ("k1_reward", "k1 in the loss adds only noise"),
+    ("k2", "both"): ("exact_both", "k2 in the reward is biased"),
+}
+PAIRS = list(itertools.product(("k1", "k2", "k3", "exact"), PLACES))
+
+
+@pytest.mark.parametrize(("estimator", "place"), PAIRS)
+def test_each_old_pair_is_refused_with_the_form_to_use(estimator, place):
+    form, why = DROPPED.get((estimator, place), (f"{estimator}_{place}", None))
+    assert form in KL_FORMS
+    message = f"^kl_estimator='{estimator}', kl_placement='{place}': kl_form has replaced .* set kl_form='{form}'"
+    with pytest.raises(ValueError, match=message + (r"\.$" if why is None else f": .*{why}")):
+        PPOConfig(kl_estimator=estimator, kl_placement=place)
+
+
+@pytest.mark.parametrize(
+    ("settings", "form"),
+    [
+        ({"kl_estimator": "k1"}, "k1_reward"),
+        ({"kl_estimator": "k3"}, "k3_both"),
+        ({"kl_placement": "reward"}, "k1_reward"),
+        ({"kl_placement": "both"}, "k1_reward"),
+    ],
+)
+def test_one_of_the_two_is_read_with_the_others_old_default(settings, form):
+    (name, value), *_ = settings.items()
+    with pytest.raises(ValueError, match=f"^{name}='{value}': kl_form has replaced .* set kl_form='{form}'"):
+        PPOConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"kl_estimator": "k4"}, {"kl_placement": 3}, {"kl_estimator": ""}])
+def test_what_never_was_a_pair_is_refused_too(settings):
+    with pytest.raises(ValueError, match="kl_form has replaced kl_estimator and kl_placement; set kl_form"):
+        PPOConfig(**settings)
+
+
+def test_files_and_flags_with_the_old_names_get_that_error(tmp_path):
+    for yaml, flags in (
+        ("kl_estimator: exact\nkl_placement: both\n", ()),
+        ("seed: 1\n", ("--kl_estimator", "exact", "--kl_placement", "both")),
+        ("kl_estimator: exact\n", ("--kl_placement=both",)),
+    ):
+        with pytest.raises(ValueError, match="kl_form has replaced .* set kl_form='exact_both'"):
+            parse(tmp_path, yaml, *flags)
+    assert parse(tmp_path, "kl_form: exact_both\n").kl_form == "exact_both"
+    assert parse(tmp_path, "seed: 1\n", "--kl_form", "k3_both").kl_form == "k3_both"
+
+
+def test_the_old_names_are_shown_nowhere():
+    text = TrlParser(PPOConfig).format_help()
+    assert "--kl_form" in text
+    for name in REPLACED:
+        assert name in {f.name for f in dataclasses.fields(PPOConfig)}
+        assert name not in text and name not in PPOConfig().to_dict() and name not in repr(PPOConfig())

@@ -1,6 +1,5 @@
 """The documentation says what the code does: tables against the code, examples run, links that lead somewhere."""
 
-import dataclasses
 import re
 import runpy
 from pathlib import Path
@@ -44,7 +43,7 @@ def test_old_metric_names_lead_to_new_ones():
     from lmppo.config import PPOConfig
     from lmppo.metrics import METRICS
 
-    known = {*METRICS, *(f.name for f in dataclasses.fields(PPOConfig))}
+    known = {*METRICS, *PPOConfig().to_dict()}
     rows = [row for header in ("trl 0.11", "trl 1.12", "OpenAI") for row in tables(DOCS / "metrics.md", header)]
     assert len(rows) > 40
     for old, new, difference in rows:
@@ -69,7 +68,7 @@ def test_every_setting_is_explained_with_its_true_default():
 
 
 def test_the_settings_that_may_change_on_resume_are_listed():
-    from lmppo.run_dir import FREE_SETTINGS
+    from lmppo.run.directory import FREE_SETTINGS
 
     text = (DOCS / "configuration.md").read_text().partition("## Settings that may change on resume")[2]
     listed = text.partition("accepts them:")[2].partition("Any other change")[0]

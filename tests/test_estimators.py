@@ -4,11 +4,17 @@ import dataclasses
 
 import pytest
 import torch
-from test_experience import make_rollout
+from test_records import make_rollout
 
 from lmppo import PPOConfig
 from lmppo.config import RewardStream
-from lmppo.estimators import estimate, select_stream, shape_rewards
+from lmppo.estimators import estimate, shape_rewards
+
+
+def select_stream(rollout, k):
+    """The rollout with one of its streams."""
+    return rollout.cut(K=slice(k, k + 1))
+
 
 ROWS = ("11111", "11000", "10000", "11010")  # full, short, one token, a gap
 GAMMA, LAM = 0.9, 0.8
@@ -184,7 +190,7 @@ def test_the_stream_named_kl_pays_for_the_kl():
 
 
 def test_a_penalty_in_the_loss_is_not_in_the_reward(rollout):
-    rewards = shape_rewards(rollout, config("gae", kl_placement="loss", kl_estimator="k2"), kl_coef=0.5)
+    rewards = shape_rewards(rollout, config("gae", kl_form="k2_loss"), kl_coef=0.5)
     mask = rollout.completion_mask
     torch.testing.assert_close(rewards[mask], rollout.scores[mask])
 

@@ -35,6 +35,7 @@ from lmppo.functional.exact import (
     state_values,
 )
 from lmppo.models import ActorCritic
+from lmppo.records import Tokens
 from lmppo.sampling import SamplingParams, sample, uniform_noise
 
 EOS = 3
@@ -203,7 +204,8 @@ def test_the_librarys_forward_pass_and_sampler_have_these_probabilities():
     model = gpt2(seed=0)
     prompts = PROMPT.expand(len(MASK), -1)
     with torch.no_grad():
-        logits, _ = ActorCritic(model)(prompts, torch.ones_like(prompts, dtype=torch.bool), COMPLETIONS.ids, MASK)
+        tokens = Tokens(prompts, torch.ones_like(prompts, dtype=torch.bool), COMPLETIONS.ids, MASK)
+        logits = ActorCritic(model).logits(tokens)
     torch.testing.assert_close(completion_logprobs(logits, COMPLETIONS), LOGPROBS.detach(), rtol=1e-10, atol=1e-10)
     count = 4000
     prompts = PROMPT.expand(count, -1)
@@ -218,7 +220,9 @@ def test_the_librarys_forward_pass_and_sampler_have_these_probabilities():
     lengths = samples.completion_mask.sum(dim=1)
     for row in range(len(MASK)):
         length = MASK[row].sum()
-        same = (samples.completion_ids[:, :length] == COMPLETIONS.ids[row, :length]).all(dim=1) & (lengths == length)
+        same = (samples.tokens.completion_ids[:, :length] == COMPLETIONS.ids[row, :length]).all(dim=1) & (
+            lengths == length
+        )
         counts[row] = same.sum()
     assert counts.sum() == count
     chances = LOGPROBS.detach().sum(dim=1).exp()

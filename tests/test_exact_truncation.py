@@ -14,8 +14,9 @@ import torch
 
 from lmppo import PPOConfig
 from lmppo.estimators import estimate
-from lmppo.experience import Rollout
 from lmppo.functional.exact import state_values
+from lmppo.records import Rollout, Tokens
+from lmppo.support import Support
 
 sys.path.insert(0, str(Path(__file__).parent / "functional"))
 from problems import assert_equal, problem  # noqa: E402
@@ -37,10 +38,13 @@ def rollout(p):
     n, logprobs = len(p.mask), p.logprobs.detach()
     values = state_values(p.completions, logprobs, p.rewards)
     return Rollout(
-        prompt_ids=torch.ones(n, 1, dtype=torch.long),
-        prompt_mask=torch.ones(n, 1, dtype=torch.bool),
-        completion_ids=p.completions.ids,
-        completion_mask=p.mask,
+        tokens=Tokens(
+            prompt_ids=torch.ones(n, 1, dtype=torch.long),
+            prompt_mask=torch.ones(n, 1, dtype=torch.bool),
+            completion_ids=p.completions.ids,
+            completion_mask=p.mask,
+        ),
+        support=Support.of_all(*p.mask.shape),
         logprobs=logprobs,
         ref_logprobs=logprobs,
         values=values.unsqueeze(-1),
@@ -49,7 +53,6 @@ def rollout(p):
         bootstrap_values=torch.zeros(n, 1),
         ended=ended(p),
         max_logit=torch.zeros(len(ended(p))),
-        support=torch.ones(*p.mask.shape, 1, dtype=torch.bool),
     )
 
 

@@ -12,20 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PROMPTS, gpt2, make_samples, trained, with_values
+from builders import PROMPTS, gpt2, make_samples, trained, with_mask, with_values
 from fakes import letter_tokenizer, tiny_tokenizer
 from rich.cells import cell_len
 
-from lmppo.checkpoint import CheckpointError, checkpoint_dir
 from lmppo.cli import main
+from lmppo.collector import ScoredRollout, decode_completions
 from lmppo.config import PPOConfig, RewardStream
-from lmppo.experience import Experience, Rollout
-from lmppo.explain import explain, find_saved, make_report
-from lmppo.explain_page import colour_scale, render_page, visible
+from lmppo.explain import (
+    explain,
+    find_saved,
+    load_saved_rollouts,
+    make_report,
+    render_page,
+    save_rollouts,
+    token_texts,
+)
+from lmppo.explain.page import colour_scale, visible
 from lmppo.functional import clip_fraction, clipped_policy_loss, gae, kl_shaped_rewards, masked_whiten, rewards_to_go
 from lmppo.models import ActorCritic
-from lmppo.rollout import ScoredRollout, decode_completions
-from lmppo.saved_rollouts import load_saved_rollouts, save_rollouts, token_texts
+from lmppo.records import Experience, Rollout
+from lmppo.run.checkpoint import CheckpointError, checkpoint_dir
 
 ROOT = Path(__file__).parent.parent
 KEPT = 4
@@ -64,7 +71,7 @@ def make_parts(**settings) -> Parts:
     ref_logprobs = samples.logprobs + 0.3 * noise(*shape)
     kl = torch.where(mask, samples.logprobs - ref_logprobs, 0.0)
     rollout = Rollout(
-        **{f.name: getattr(samples, f.name) for f in dataclasses.fields(samples)} | {"values": values},
+        **vars(samples) | {"values": values},
         ref_logprobs=ref_logprobs,
         scores=torch.stack([noise(*shape), torch.zeros(shape)], dim=-1),
         kl_penalty=kl,
@@ -89,7 +96,7 @@ def make_parts(**settings) -> Parts:
     whitened = masked_whiten(sum(advantages), mask)
     return Parts(
         scored=ScoredRollout(
-            rollout, PROMPTS, decode_completions(letter_tokenizer(), rollout.completion_ids, mask), noise(6, 1), {}, {}
+            rollout, PROMPTS, decode_completions(letter_tokenizer(), rollout.tokens), ["f"], noise(6, 1), {}, {}
         ),
         experience=Experience.from_rollout(rollout, whitened, torch.stack(returns, dim=-1)),
         rewards=rewards,
@@ -135,7 +142,8 @@ def counted(tensor, parts):
 def test_what_was_saved_comes_back_to_the_bit(parts, saved):
     rollout, experience = parts.scored.rollout, parts.experience
     for name in ("completion_ids", "ended", "logprobs", "ref_logprobs", "values", "scores", "bootstrap_values"):
-        assert torch.equal(getattr(saved, name), getattr(rollout, name)[:KEPT]), name
+        record = rollout.tokens if name == "completion_ids" else rollout
+        assert torch.equal(getattr(saved, name), getattr(record, name)[:KEPT]), name
     assert torch.equal(saved.advantages, experience.advantages[:KEPT])
     assert torch.equal(saved.returns, experience.returns[:KEPT])
     assert torch.equal(saved.rewards, parts.rewards[:KEPT]) and torch.equal(saved.mask, saved.learned)
@@ -196,7 +204,7 @@ def test_td_residuals_look_one_token_ahead(parts, report):
     rollout = parts.scored.rollout
     expected = []
     for row in range(KEPT):
-        last = int(rollout.completion_lengths[row]) - 1
+        last = int(rollout.tokens.lengths[row]) - 1
         for t in range(last + 1):
             upcoming = rollout.values[row, t + 1] if t < last else rollout.bootstrap_values[row]
             parts_of_sum = parts.rewards[row, t] + torch.tensor([0.9, 1.0]) * upcoming - rollout.values[row, t]
@@ -244,7 +252,7 @@ def test_nothing_is_clipped_without_a_clip(tmp_path):
 
 def test_rows_that_were_not_learned_from_are_shown_as_such(parts, tmp_path):
     keep = parts.scored.rollout.completion_mask & parts.scored.rollout.ended[:, None]
-    experience = dataclasses.replace(parts.experience, completion_mask=keep)
+    experience = with_mask(parts.experience, keep)
     saved = load_saved_rollouts(dataclasses.replace(parts, experience=experience).save(tmp_path / "c"))
     report = make_report(saved, tmp_path)
     for completion in report["completions"]:
@@ -411,6 +419,14 @@ def test_lam_is_shown_where_it_means_something(saved):
     assert "taste (gamma 0.9, weight 2.0), kl (gamma 1.0, weight 1.0)" in text and "lam" not in text
 
 
+def test_another_measure_of_the_kl_than_k1_has_a_column(saved, report):
+    assert "kl_penalty" not in report["columns"] and report["settings"]["kl_form"] == "k1_reward"
+    other = dataclasses.replace(saved, settings=saved.settings | {"kl_form": "k3_both"}, kl_penalty=saved.logprobs**2)
+    report = make_report(other, Path("run"))
+    assert report["settings"]["kl_form"] == "k3_both" and "kl_form" in report["columns"]["kl_penalty"]
+    assert torch.equal(column(report, "kl_penalty"), (saved.logprobs**2)[saved.mask])
+
+
 def test_without_whitening_the_page_does_not_speak_of_it(saved, tmp_path):
     raw = dataclasses.replace(saved, settings=saved.settings | {"whiten_advantages": False})
     assert "whitened" not in make_report(raw, tmp_path)["columns"]["advantage"]
@@ -555,7 +571,7 @@ def with_three_streams(saved):
 @pytest.mark.parametrize("change", [lambda saved: saved, with_three_streams], ids=["two", "three"])
 def test_the_table_has_every_number_whole(saved, tmp_path, capsys, monkeypatch, change, columns):
     on_screen(monkeypatch, columns)
-    monkeypatch.setattr("lmppo.explain.load_saved_rollouts", lambda directory: change(saved))
+    monkeypatch.setattr("lmppo.explain.report.load_saved_rollouts", lambda directory: change(saved))
     (tmp_path / "rollouts.json").touch()
     explain(tmp_path, format="table")
     report, text = make_report(change(saved), tmp_path), printed(capsys, columns)
@@ -576,7 +592,7 @@ def test_the_table_has_every_number_whole(saved, tmp_path, capsys, monkeypatch, 
 def test_long_tokens_are_folded_and_numbers_are_not(saved, tmp_path, capsys, monkeypatch):
     on_screen(monkeypatch, 80)
     nasty = dataclasses.replace(saved, texts=[["漢" * 30 for _ in row] for row in saved.texts])
-    monkeypatch.setattr("lmppo.explain.load_saved_rollouts", lambda directory: nasty)
+    monkeypatch.setattr("lmppo.explain.report.load_saved_rollouts", lambda directory: nasty)
     (tmp_path / "rollouts.json").touch()
     explain(tmp_path, rows=[0], format="table")
     (shown,) = printed_numbers(printed(capsys, 80))
@@ -588,7 +604,7 @@ def test_long_tokens_are_folded_and_numbers_are_not(saved, tmp_path, capsys, mon
 
 def test_the_table_shows_control_characters(saved, tmp_path, capsys, monkeypatch):
     nasty = dataclasses.replace(saved, prompts=["\x1b[31m"] * KEPT, texts=[["\x1b[2J" for _ in r] for r in saved.texts])
-    monkeypatch.setattr("lmppo.explain.load_saved_rollouts", lambda directory: nasty)
+    monkeypatch.setattr("lmppo.explain.report.load_saved_rollouts", lambda directory: nasty)
     (tmp_path / "rollouts.json").touch()
     explain(tmp_path, format="table")
     assert "\x1b" not in (output := capsys.readouterr().out) and "\\x1b[2J" in output
@@ -624,7 +640,7 @@ def test_html_goes_with_html_only(run, capsys):
     assert caught.value.code == 2 and "--format json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format_version": 1}', None], ids=str)
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format_version": 2}', None], ids=str)
 def test_damage_is_named(parts, tmp_path, damage):
     directory = parts.save(tmp_path / "c")
     if damage is None:
@@ -635,12 +651,23 @@ def test_damage_is_named(parts, tmp_path, damage):
         load_saved_rollouts(directory)
 
 
-def test_files_of_a_newer_lmppo_are_refused(parts, tmp_path):
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (3, r"saved by a newer lmppo \(format 3\): upgrade"),
+        (1, r"saved by an earlier lmppo \(format 1\), .* use that version, or train again with save_rollouts=N"),
+    ],
+)
+def test_files_of_another_format_are_refused_with_a_remedy(parts, tmp_path, version, message):
     directory = parts.save(tmp_path / "c")
     texts = json.loads((directory / "rollouts.json").read_text())
-    (directory / "rollouts.json").write_text(json.dumps(texts | {"format_version": 2}))
-    with pytest.raises(CheckpointError, match="newer lmppo"):
+    assert texts["format_version"] == 2
+    (directory / "rollouts.json").write_text(json.dumps(texts | {"format_version": version}))
+    with pytest.raises(CheckpointError, match=message):
         load_saved_rollouts(directory)
+    with pytest.raises(SystemExit, match=message) as caught:
+        main(["explain", str(directory)])
+    assert "\n" not in str(caught.value)
 
 
 def test_the_command_is_installed_and_help_is_quick():

@@ -11,8 +11,8 @@ def learn(output_dir, **settings):
         "learning_rate": 1e-2, "kl_coef": 0.0,
     }  # fmt: skip
     trainer = make_trainer(output_dir, **(small | settings))
-    for iteration in range(trainer.args.max_steps):
-        trainer.step(iteration)
+    for _ in range(trainer.args.max_steps):
+        trainer.step()
     rewards = [row["reward"] for row in trainer.state.log_history]
     return trainer, rewards[0], sum(rewards[-3:]) / 3
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from builders import make_trainer, metrics_rows
-from test_experience import make_rollout
+from test_records import make_rollout
 
-from lmppo.metrics import METRICS, MetricsFile, critic_metrics, distinct_n, rollout_metrics
-from lmppo.rollout import ScoredRollout
+from lmppo.collector import ScoredRollout
+from lmppo.metrics import METRICS, critic_metrics, distinct_n, rollout_metrics
+from lmppo.run.metrics_file import MetricsFile
 
 
 def mask_of(*rows):
@@ -33,7 +34,7 @@ def rollout():
 
 def test_rollout_metrics_by_hand(rollout):
     nan = math.nan
-    row = rollout_metrics(scored(rollout, [[3.0, nan], [1.0, 2.0], [-0.5, 4.0]]), ["f", "g"], kl_coef=0.1)
+    row = rollout_metrics(scored(rollout, [[3.0, nan], [1.0, 2.0], [-0.5, 4.0]]), kl_coef=0.1)
     kl = [(rollout.logprobs - rollout.ref_logprobs)[i, :n].sum().item() for i, n in enumerate((3, 1, 2))]
     tokens = [rollout.logprobs[i, t].item() for i, n in enumerate((3, 1, 2)) for t in range(n)]
     expected = {
@@ -57,12 +58,12 @@ def test_rollout_metrics_by_hand(rollout):
 
 
 def test_a_function_that_applied_nowhere_has_no_mean(rollout):
-    row = rollout_metrics(scored(rollout, [[1.0, math.nan]] * 3), ["f", "g"], kl_coef=0.1)
+    row = rollout_metrics(scored(rollout, [[1.0, math.nan]] * 3), kl_coef=0.1)
     assert "rewards/f/mean" in row and "rewards/g/mean" not in row
 
 
 def test_what_reward_functions_log_is_added_and_replaces_nothing(rollout):
-    row = rollout_metrics(scored(rollout, [[1.0]] * 3, {"mine": 4.0, "reward": -99.0}), ["f"], kl_coef=0.1)
+    row = rollout_metrics(scored(rollout, [[1.0]] * 3, {"mine": 4.0, "reward": -99.0}), kl_coef=0.1)
     assert row["mine"] == 4.0
     assert row["reward"] == pytest.approx(3.5 / 3)
 
@@ -99,8 +100,8 @@ def test_padding_changes_no_metric(rollout):
     )
     wide = dataclasses.replace(wide, scores=torch.where(wide.completion_mask[..., None], wide.scores, 0.0))
     functions = [[1.0]] * 3
-    narrow_row = rollout_metrics(scored(rollout, functions), ["f"], kl_coef=0.1)
-    assert rollout_metrics(scored(wide, functions), ["f"], kl_coef=0.1) == pytest.approx(narrow_row)
+    narrow_row = rollout_metrics(scored(rollout, functions), kl_coef=0.1)
+    assert rollout_metrics(scored(wide, functions), kl_coef=0.1) == pytest.approx(narrow_row)
     returns = torch.randn(3, 4, 1)
     narrow_row = critic_metrics(rollout.values, returns, rollout.completion_mask)
     assert critic_metrics(wide.values, pad(returns, False), wide.completion_mask) == pytest.approx(narrow_row)
@@ -131,7 +132,7 @@ def test_every_name_that_is_logged_has_a_meaning_and_every_meaning_a_number(tmp_
             {"objective": "kl_penalty"},
             {"objective": "trpo"},
             {"baseline": "auto"},
-            {"kl_estimator": "k2", "kl_placement": "loss"},
+            {"kl_form": "k2_loss"},
         )
     ):
         make_trainer(tmp_path / str(i), max_steps=1, **settings).train()

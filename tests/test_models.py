@@ -1,7 +1,5 @@
 """Policy, critic and reference: the answer for a row is the one it gets alone, without any padding and with no masks."""
 
-import copy
-
 import pytest
 import torch
 from builders import (
@@ -17,22 +15,22 @@ from builders import (
     llama,
     lora,
     make_samples,
+    read,
     row_alone,
     with_values,
 )
 from fakes import tiny_gpt2
 from peft import PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model
+from transformers import GPT2Config, GPT2Model
 
 from lmppo.functional import token_logprobs
 from lmppo.models import (
     ActorCritic,
     Reference,
-    attention_mask_of,
-    load_critic,
     load_policy,
     position_ids_of,
 )
+from lmppo.records import Tokens
 
 ROUNDING = {"atol": 5e-6, "rtol": 1e-5}  # float32, other matrix shapes
 
@@ -53,7 +51,8 @@ def lengthen(tensor, columns, fill):
 
 
 def test_the_model_attends_to_gaps_but_not_to_padding():
-    mask = attention_mask_of(bits("011", "111"), bits("1010", "1100"))
+    ids = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 4, dtype=torch.long)
+    mask = Tokens(ids[0], bits("011", "111"), ids[1], bits("1010", "1100")).attention_mask
     assert mask.equal(bits("0111110", "1111100"))
 
 
@@ -73,10 +72,11 @@ def test_each_row_gets_the_numbers_it_gets_alone(family, kind):
     samples = make_samples(model)
     assert samples.completion_mask.sum(1).unique().numel() > 1, "the test needs completions of several lengths"
     with torch.no_grad():
-        logits, values = model(samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask)
+        outputs = model(samples.tokens)
+    logits, values = outputs["logits"], outputs["values"]
     for row in range(len(PROMPTS)):
-        prompt = alone(samples.prompt_ids, samples.prompt_mask, row)
-        completion = alone(samples.completion_ids, samples.completion_mask, row)
+        prompt = alone(samples.tokens.prompt_ids, samples.tokens.prompt_mask, row)
+        completion = alone(samples.tokens.completion_ids, samples.completion_mask, row)
         expected_logits, expected_values = row_alone(model, prompt, completion)
         torch.testing.assert_close(logits[row, : len(completion)], expected_logits, **ROUNDING)
         torch.testing.assert_close(values[row, : len(completion)], expected_values, **ROUNDING)
@@ -88,16 +88,21 @@ def test_each_row_gets_the_numbers_it_gets_alone(family, kind):
 def test_more_padding_changes_nothing_whatever_it_is_made_of(family, kind, left, right, filler):
     model = build_model(family, kind)
     samples = make_samples(model)
-    batch = (samples.prompt_ids, samples.prompt_mask, samples.completion_ids, samples.completion_mask)
+    batch = (
+        samples.tokens.prompt_ids,
+        samples.tokens.prompt_mask,
+        samples.tokens.completion_ids,
+        samples.completion_mask,
+    )
     n_time = samples.completion_mask.shape[1]
     widened = (
-        shift_right(torch.where(samples.prompt_mask, samples.prompt_ids, filler), left, filler),
-        shift_right(samples.prompt_mask, left, False),
-        lengthen(torch.where(samples.completion_mask, samples.completion_ids, filler), right, filler),
+        shift_right(torch.where(samples.tokens.prompt_mask, samples.tokens.prompt_ids, filler), left, filler),
+        shift_right(samples.tokens.prompt_mask, left, False),
+        lengthen(torch.where(samples.completion_mask, samples.tokens.completion_ids, filler), right, filler),
         lengthen(samples.completion_mask, right, False),
     )
     with torch.no_grad():
-        outputs, wide_outputs = model(*batch), model(*widened)
+        outputs, wide_outputs = read(model, *batch), read(model, *widened)
     for output, wide in zip(outputs, wide_outputs, strict=True):
         counted = samples.completion_mask
         torch.testing.assert_close(wide[:, :n_time][counted], output[counted], **ROUNDING)
@@ -123,7 +128,7 @@ def test_tokens_in_a_gap_are_read_and_padding_is_not(family):
     in_padding[0, 4] = 9
     with torch.no_grad():
         logits, changed, padded = (
-            model(prompt_ids, prompt_mask, tokens, gap)[0][0, 2:4] for tokens in (ids, in_gap, in_padding)
+            read(model, prompt_ids, prompt_mask, tokens, gap)[0][0, 2:4] for tokens in (ids, in_gap, in_padding)
         )
     assert (logits - changed).abs().max() > 0.01
     torch.testing.assert_close(logits, padded, **ROUNDING)
@@ -157,7 +162,7 @@ def test_the_value_head_is_float32_under_autocast():
     model = with_values(ActorCritic(gpt2()))
     ids, mask = encode("abc")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, values = model(ids, mask, ids, mask)
+        _, values = read(model, ids, mask, ids, mask)
     assert values.dtype == torch.float32
     assert not torch.equal(values, values.bfloat16().float())
 
@@ -165,8 +170,8 @@ def test_the_value_head_is_float32_under_autocast():
 def test_a_fresh_value_head_says_zero():
     model = ActorCritic(gpt2(), n_streams=2)
     ids, mask = encode("abc", "d")
-    assert model(ids, mask, ids, mask)[1].eq(0).all()
-    assert model(ids, mask, ids, mask)[1].shape == (2, 3, 2)
+    assert read(model, ids, mask, ids, mask)[1].eq(0).all()
+    assert read(model, ids, mask, ids, mask)[1].shape == (2, 3, 2)
 
 
 # --- what learns from what -------------------------------------------------------------------------------------------
@@ -176,9 +181,10 @@ def test_a_fresh_value_head_says_zero():
 def test_values_only_reaches_the_critic_alone(kind):
     model = build_model("gpt2", kind)
     ids, mask = encode("abc", "d")
-    logits, values = model(ids, mask, ids, mask, values_only=True)
-    assert logits is None
-    torch.testing.assert_close(values, model(ids, mask, ids, mask)[1])
+    outputs = model(Tokens(ids, mask, ids, mask), ("values",))
+    assert outputs.keys() == {"values"}
+    values = outputs["values"]
+    torch.testing.assert_close(values, read(model, ids, mask, ids, mask)[1])
     values.sum().backward()
     assert all(p.grad is None for p in model.policy.parameters())
     assert all(p.grad is not None for p in model.critic_parameters())
@@ -200,14 +206,14 @@ def test_parameters_are_split_without_remainder():
 def logprobs_of(logits_of):
     ids, mask = encode("abc", "d")
     tokens = torch.tensor([[3, 4, 5], [6, 0, 1]])
-    return token_logprobs(logits_of(ids, mask, tokens, torch.ones_like(tokens).bool()), tokens)
+    return token_logprobs(logits_of(Tokens(ids, mask, tokens, torch.ones_like(tokens).bool())), tokens)
 
 
 def test_a_copied_reference_does_not_follow_the_policy():
     policy = gpt2()
     reference = Reference(policy)
     before = logprobs_of(reference.logits)
-    torch.testing.assert_close(before, logprobs_of(lambda *b: ActorCritic(policy)(*b)[0]), **ROUNDING)
+    torch.testing.assert_close(before, logprobs_of(ActorCritic(policy).logits), **ROUNDING)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(0.1)
@@ -223,9 +229,9 @@ def test_with_an_adapter_the_reference_is_the_same_weights_with_the_adapter_off(
     reference = Reference(model.policy)
     assert reference.model is model.policy, "no second copy of the weights"
     torch.testing.assert_close(logprobs_of(reference.logits), expected, **ROUNDING)
-    adapted = logprobs_of(lambda *b: model(*b)[0])
+    adapted = logprobs_of(model.logits)
     assert (adapted - expected).abs().max() > 0.01
-    assert torch.equal(logprobs_of(lambda *b: model(*b)[0]), adapted), "the adapter is on again"
+    assert torch.equal(logprobs_of(model.logits), adapted), "the adapter is on again"
 
 
 def test_a_given_reference_wins():
@@ -233,14 +239,13 @@ def test_a_given_reference_wins():
     other = gpt2(seed=8)
     reference = Reference(model.policy, other)
     torch.testing.assert_close(logprobs_of(reference.logits), logprobs_of(Reference(gpt2(seed=8)).logits), **ROUNDING)
-    assert not reference.is_initial_policy
 
 
 @pytest.mark.parametrize("family", MODELS)
 def test_a_fresh_adapter_is_the_identity(family):
     before = logprobs_of(Reference(MODELS[family]()).logits)
     adapted = ActorCritic(load_policy(MODELS[family](), lora(family)))
-    torch.testing.assert_close(logprobs_of(lambda *b: adapted(*b)[0]), before, **ROUNDING)
+    torch.testing.assert_close(logprobs_of(adapted.logits), before, **ROUNDING)
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------
@@ -277,70 +282,3 @@ def test_an_adapter_of_the_users_is_trained_on(tmp_path):
     get_peft_model(gpt2(), lora()).save_pretrained(tmp_path)
     policy = load_policy(PeftModel.from_pretrained(gpt2(), tmp_path, is_trainable=True))
     assert ActorCritic(policy).policy_parameters()
-
-
-# --- critics ---------------------------------------------------------------------------------------------------------
-
-
-def values_of(critic):
-    ids, mask = encode("abc", "d")
-    return ActorCritic(gpt2(), critic)(ids, mask, ids, mask)[1]
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_a_critic_from_a_language_model_starts_at_zero_on_its_trunk(tmp_path, family):
-    MODELS[family](seed=4).save_pretrained(tmp_path)
-    critic = load_critic(str(tmp_path), MODELS[family]())
-    assert values_of(critic).eq(0).all()
-    trunk = MODELS[family](seed=4).base_model.state_dict()
-    assert all(torch.equal(tensor, trunk[name]) for name, tensor in critic.base_model.state_dict().items())
-
-
-def test_a_critic_from_a_reward_model_starts_with_its_score(tmp_path):
-    torch.manual_seed(2)
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    scorer = GPT2ForSequenceClassification(GPT2Config(vocab_size=VOCAB, num_labels=1, pad_token_id=0, **sizes))
-    scorer.save_pretrained(tmp_path)
-    critic = load_critic(str(tmp_path), gpt2())
-    ids = torch.tensor([[1, 2, 3, 4]])  # the state before a completion's first token is the whole prompt
-    with torch.no_grad():
-        value = ActorCritic(gpt2(), critic)(ids, ids.bool(), torch.tensor([[5]]), torch.tensor([[True]]))[1]
-        torch.testing.assert_close(value[0, 0], scorer.eval()(input_ids=ids).logits[0])
-
-
-def test_a_critic_from_a_classifier_of_two_labels_starts_with_its_log_odds(tmp_path):
-    torch.manual_seed(2)
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5, "bos_token_id": 0, "eos_token_id": 0}
-    scorer = GPT2ForSequenceClassification(GPT2Config(vocab_size=VOCAB, num_labels=2, pad_token_id=0, **sizes))
-    scorer.save_pretrained(tmp_path)
-    ids = torch.tensor([[1, 2, 3, 4]])
-    with torch.no_grad():
-        values = ActorCritic(gpt2(), load_critic(str(tmp_path), gpt2()))(ids, ids.bool(), ids, ids.bool())[1]
-        p = scorer.eval()(input_ids=ids).logits[0].softmax(-1)
-    torch.testing.assert_close(values[0, 0, 0], (p[1] / p[0]).log(), atol=1e-5, rtol=1e-5)
-
-
-def test_a_saved_critic_comes_back_whole(tmp_path):
-    critic = critic_of()
-    critic.save_pretrained(tmp_path)
-    torch.testing.assert_close(values_of(load_critic(str(tmp_path), gpt2())), values_of(copy.deepcopy(critic)))
-
-
-def test_a_critic_of_another_vocabulary_is_refused():
-    with pytest.raises(ValueError, match=r"critic knows 5 tokens and the policy 12.*tokenizer"):
-        load_critic(critic_of(vocab_size=5), gpt2())
-
-
-def test_a_critic_with_several_labels_is_refused():
-    critic = critic_of()
-    critic.config.num_labels = 3
-    with pytest.raises(ValueError, match="critic has 3 labels; expected 1"):
-        load_critic(critic, gpt2())
-
-
-def test_a_named_critic_with_the_wrong_number_of_labels_is_refused(tmp_path):
-    """It would get a random head otherwise."""
-    critic_of(num_labels=1).save_pretrained(tmp_path / "one")
-    with pytest.raises(ValueError, match="has 1 labels; expected 3, one per reward stream"):
-        load_critic(str(tmp_path / "one"), gpt2(), n_streams=3)
-    assert load_critic(str(tmp_path / "one"), gpt2()).config.num_labels == 1

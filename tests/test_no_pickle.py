@@ -34,7 +34,7 @@ def offences(source: str) -> list[str]:
 
 def test_there_is_something_to_read():
     names = {path.relative_to(ROOT).as_posix() for path in FILES}
-    assert {"lmppo/checkpoint.py", "lmppo/trainer.py", "lmppo/functional/losses.py"} <= names
+    assert {"lmppo/run/checkpoint.py", "lmppo/trainer.py", "lmppo/functional/losses.py"} <= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())

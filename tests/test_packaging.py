@@ -111,7 +111,7 @@ HEAVY = ["transformers", "accelerate", "datasets", "peft", "trl", "pandas"]
         ("lmppo", [*HEAVY, "torch", "numpy"]),
         ("lmppo.config", [*HEAVY, "torch", "numpy"]),
         ("lmppo.functional", [*HEAVY, "yaml", "rich", "safetensors"]),  # torch itself brings numpy and tqdm
-        ("lmppo.experience", HEAVY),
+        ("lmppo.records", HEAVY),
         ("lmppo.rewards", HEAVY),
         ("reward_models", HEAVY),
     ],

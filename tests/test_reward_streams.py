@@ -93,7 +93,7 @@ def test_each_critic_output_learns_its_own_stream(tmp_path):
         tmp_path, reward_streams=streams, critic=critic_of(num_labels=2), max_steps=40, critic_warmup_steps=40,
         critic_learning_rate=1e-2, value_clip_range=None, lam=1.0, max_grad_norm=10.0, whiten_advantages=False,
     )  # fmt: skip
-    scored = trainer.rollout(trainer.prompts.next_batch(8), 99)
+    scored = trainer.collector.collect(trainer.prompts.next_batch(8), 99)
     mask, values = scored.rollout.completion_mask, scored.rollout.values
     assert (values[..., 0][mask] - 2.0).abs().mean() < 0.1
     before_last = mask & (mask.flip(1).cumsum(1).flip(1) > 3)
@@ -138,7 +138,11 @@ def test_streams_are_a_list():
     [
         ({"name": "a", "reward_funcs": [count_a], "lam": 0.5}, {"estimator": "rewards_to_go"}, "lam=0.5 is GAE's"),
         ({"name": "a", "reward_funcs": [count_a], "gamma": 0.5}, {"estimator": "immediate_rewards"}, "gamma=0.5 disc"),
-        ({"name": "kl"}, {"kl_placement": "loss", "kl_estimator": "k2", "kl_coef": 0.0}, "leave the stream out"),
+        (
+            {"name": "kl"},
+            {"kl_form": "k2_loss", "kl_coef": 0.0},
+            "kl_form='k2_loss' has none there: leave the stream out",
+        ),
     ],
 )
 def test_settings_of_a_stream_without_effect_are_refused(tmp_path, stream, settings, message):

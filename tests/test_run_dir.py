@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from builders import (
     assert_same,
     build_policy_arguments,
@@ -27,12 +28,12 @@ from killable_run import SETTINGS, run
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from lmppo import checkpoint as ckpt
-from lmppo.checkpoint import CheckpointError, checkpoint_dir, list_checkpoints
-from lmppo.kl_control import AdaptiveKL
+from lmppo.control import AdaptiveKL
 from lmppo.prompts import PromptStream
 from lmppo.rewards import RewardError
-from lmppo.run_dir import discard_unsaved, find_resume_point
+from lmppo.run import checkpoint as ckpt
+from lmppo.run.checkpoint import CheckpointError, FormatError, checkpoint_dir, list_checkpoints
+from lmppo.run.directory import discard_unsaved, find_resume_point, read_run_config
 
 TESTS = Path(__file__).parent
 
@@ -94,9 +95,9 @@ def assert_same_run(trainer, reference):
     assert_same(weights(trainer), weights(reference))
     assert_same(optimizer_state(trainer), optimizer_state(reference))
     assert metrics_rows(trainer.args.output_dir) == metrics_rows(reference.args.output_dir)
-    assert trainer.kl_control.coef == reference.kl_control.coef
+    assert trainer.control.kl.coef == reference.control.kl.coef
     assert trainer.prompts.drawn == reference.prompts.drawn
-    assert trainer.num_tokens == reference.num_tokens
+    assert trainer.run.num_tokens == reference.run.num_tokens
     ours, theirs = (tree(Path(t.args.output_dir) / "final") for t in (trainer, reference))
     assert ours == theirs
 
@@ -271,6 +272,76 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_export_exports(copy_of
     assert metrics_rows(copy_of_finished) == metrics_rows(finished)
 
 
+def of_format(folder, version, *, run=True, checkpoints=True):
+    """The run directory as a lmppo of this format leaves it; the first wrote no version into run_config.yaml."""
+    if run:
+        settings = yaml.safe_load((folder / "run_config.yaml").read_text())
+        assert next(iter(settings)) == "format_version" and settings.pop("format_version") == 2
+        named = {} if version == 1 else {"format_version": version}
+        (folder / "run_config.yaml").write_text(yaml.safe_dump(named | settings, sort_keys=False))
+    for path in list_checkpoints(folder) if checkpoints else ():
+        manifest = json.loads((path / "MANIFEST.json").read_text()) | {"format_version": version}
+        (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_the_version_is_of_the_file_not_of_the_settings(finished):
+    assert yaml.safe_load((finished / "run_config.yaml").read_text())["format_version"] == 2
+    assert "format_version" not in read_run_config(finished)
+
+
+EARLIER = (
+    r"was made by an earlier lmppo \(format 1\), which this one cannot continue: choose another output_dir, and start a "
+    r"new run there\.$"
+)
+
+
+@pytest.mark.parametrize("resume", ["auto", "true", True, None, "path"])
+def test_a_run_of_an_earlier_lmppo_is_refused_in_one_sentence(copy_of_finished, resume, capsys):
+    before = tree(of_format(copy_of_finished, 1))
+    asked = str(checkpoint_dir(copy_of_finished, 4)) if resume == "path" else resume
+    with pytest.raises(FormatError, match=EARLIER) as caught:
+        resumed(copy_of_finished, resume_from_checkpoint=asked, max_steps=5)
+    assert str(caught.value).startswith(f"{copy_of_finished} was made")
+    assert tree(copy_of_finished) == before and "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("resume", ["auto", "true"])
+def test_nor_are_its_checkpoints_alone_continued(copy_of_finished, resume, capsys):
+    of_format(copy_of_finished, 1, run=False)
+    with pytest.raises(FormatError, match=rf"step-000004 {EARLIER}"):
+        resumed(copy_of_finished, resume_from_checkpoint=resume, max_steps=5)
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_an_earlier_lmppo_starts_no_run_elsewhere(copy_of_finished, tmp_path):
+    old = checkpoint_dir(of_format(copy_of_finished, 1), 4)
+    with pytest.raises(FormatError, match=rf"step-000004 {EARLIER}"):
+        resumed(tmp_path / "new", resume_from_checkpoint=str(old))
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_directory_of_an_earlier_run_takes_no_new_checkpoint(copy_of_finished, finished):
+    of_format(copy_of_finished, 1)
+    with pytest.raises(FormatError, match=EARLIER):
+        resumed(copy_of_finished, resume_from_checkpoint=str(checkpoint_dir(finished, 4)))
+
+
+def test_a_run_of_a_newer_lmppo_asks_for_an_upgrade(copy_of_finished):
+    of_format(copy_of_finished, 3, checkpoints=False)
+    with pytest.raises(FormatError, match=r"was made by a newer lmppo \(format 3\): upgrade lmppo to resume it\.$"):
+        resumed(copy_of_finished)
+
+
+@pytest.mark.parametrize("content", ["format_version: 2\nreport_to: ['a", "- 1", "text", "format_version: x"])
+def test_a_damaged_run_config_is_named_and_can_be_done_without(copy_of_finished, content):
+    (copy_of_finished / "run_config.yaml").write_text(content)
+    with pytest.raises(CheckpointError, match=r"run_config.yaml is damaged: delete it, and pass --resume_from_chec"):
+        resumed(copy_of_finished)
+    (copy_of_finished / "run_config.yaml").unlink()
+    assert resumed(copy_of_finished, max_steps=5, resume_from_checkpoint="true").state.global_step == 5
+
+
 def test_what_is_asked_of_train_wins_over_the_configuration(finished):
     with pytest.raises(CheckpointError, match="already holds a run"):
         crashing_trainer(finished, resume_from_checkpoint="auto").train(resume_from_checkpoint=False)
@@ -368,7 +439,7 @@ def test_a_missing_checkpoint_names_those_there_are(finished):
 
 def test_looking_for_a_checkpoint_changes_nothing(finished):
     before = tree(finished)
-    settings = resumed(finished)._settings()
+    settings = resumed(finished).run.settings
     before = tree(finished)
     for resume in ("auto", "true", True):
         assert find_resume_point(finished, resume, settings).name == "step-000004"

@@ -15,17 +15,19 @@ from builders import (
     gpt2,
     llama,
     make_samples,
+    read,
     row_alone,
+    supports,
     with_values,
 )
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from lmppo.checks import NonFiniteError
 from lmppo.functional import token_logprobs
 from lmppo.models import ActorCritic
 from lmppo.sampling import (
     EVALUATION,
     ROLLOUT,
-    NonFiniteError,
     SamplingParams,
     draw,
     sample,
@@ -66,7 +68,7 @@ def test_the_only_token_left_by_top_1_is_generates_greedy_token(family, kind):
     samples = make_samples(model, top_k=1)
     n_time = greedy.shape[1]
     counted = samples.completion_mask[:, :n_time]
-    assert samples.completion_ids[:, :n_time][counted].tolist() == greedy[counted].tolist()
+    assert samples.tokens.completion_ids[:, :n_time][counted].tolist() == greedy[counted].tolist()
     assert not samples.completion_mask[:, n_time:].any()
     assert samples.logprobs.eq(0).all(), "the only possible token has probability 1"
 
@@ -76,11 +78,13 @@ def test_the_only_token_left_by_top_1_is_generates_greedy_token(family, kind):
 def test_logprobs_are_those_generate_gives_the_same_tokens(family, temperature):
     model = build_model(family, "lora")
     samples = make_samples(model, temperature=temperature)
-    n_prompt = samples.prompt_ids.shape[1]
-    forced = LogitsProcessorList([Force(samples.completion_ids, n_prompt)])
-    out = generate(model.policy, samples.prompt_ids, samples.prompt_mask, 8, do_sample=False, logits_processor=forced)
+    n_prompt = samples.tokens.prompt_ids.shape[1]
+    forced = LogitsProcessorList([Force(samples.tokens.completion_ids, n_prompt)])
+    out = generate(
+        model.policy, samples.tokens.prompt_ids, samples.tokens.prompt_mask, 8, do_sample=False, logits_processor=forced
+    )
     logits = torch.stack(out.logits, dim=1)
-    tokens, counted = (x[:, : logits.shape[1]] for x in (samples.completion_ids, samples.completion_mask))
+    tokens, counted = (x[:, : logits.shape[1]] for x in (samples.tokens.completion_ids, samples.completion_mask))
     assert out.sequences[:, n_prompt:][counted].equal(tokens[counted])
     expected = (logits / temperature).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     torch.testing.assert_close(samples.logprobs[:, : logits.shape[1]][counted], expected[counted], **ROUNDING)
@@ -100,12 +104,12 @@ def test_logprobs_and_values_are_those_of_the_whole_sequence_alone(family, kind,
     assert 1 < samples.completion_mask.sum() < samples.completion_mask.numel(), "the test needs ragged completions"
     for row in range(len(PROMPTS)):
         prompt, completion, logprobs, values = (
-            alone(x, samples.prompt_mask if x is samples.prompt_ids else samples.completion_mask, row)
-            for x in (samples.prompt_ids, samples.completion_ids, samples.logprobs, samples.values)
+            alone(x, samples.tokens.prompt_mask if x is samples.tokens.prompt_ids else samples.completion_mask, row)
+            for x in (samples.tokens.prompt_ids, samples.tokens.completion_ids, samples.logprobs, samples.values)
         )
         logits, expected_values = row_alone(model, prompt, completion)
         z = logits / settings.get("temperature", 1.0)
-        support = samples.support[row, : len(completion)].expand_as(z)
+        support = supports(samples)[row, : len(completion)].expand_as(z)
         expected = torch.stack(
             [z[t, a] - z[t][support[t]].exp().sum().log() for t, a in enumerate(completion.tolist())]
         )
@@ -113,7 +117,7 @@ def test_logprobs_and_values_are_those_of_the_whole_sequence_alone(family, kind,
         torch.testing.assert_close(values, expected_values, **ROUNDING)
     for name in ("completion_ids", "logprobs", "values"):
         assert getattr(samples, name)[~samples.completion_mask].eq(0).all(), name
-    assert samples.support[~samples.completion_mask].all()
+    assert supports(samples)[~samples.completion_mask].all()
 
 
 def test_sampling_builds_no_graph():
@@ -132,11 +136,11 @@ def test_dropping_finished_rows_changes_nothing_for_the_others(family):
     lengths = dropped.completion_mask.sum(1)
     assert lengths.unique().numel() > 2
     counted = dropped.completion_mask
-    assert dropped.completion_ids[counted].equal(kept.completion_ids[counted])
+    assert dropped.tokens.completion_ids[counted].equal(kept.tokens.completion_ids[counted])
     for name in ("logprobs", "values"):
         torch.testing.assert_close(getattr(dropped, name)[counted], getattr(kept, name)[counted], **ROUNDING)
     for row, length in enumerate(lengths.tolist()):
-        first_eos = (kept.completion_ids[row] == EOS).nonzero()[:1].flatten().tolist()
+        first_eos = (kept.tokens.completion_ids[row] == EOS).nonzero()[:1].flatten().tolist()
         assert length == (first_eos[0] + 1 if first_eos else 12), "EOS itself counts, nothing after it does"
         assert bool(dropped.ended[row]) == bool(first_eos)
 
@@ -157,12 +161,12 @@ def test_all_rows_can_end_at_once():
     samples = sample(model, ids, mask, uniforms, SamplingParams(5, (EOS,)))
     assert samples.completion_mask.sum(1).tolist() == [1] * len(PROMPTS)
     assert samples.ended.all()
-    assert samples.support.shape[:2] == (len(PROMPTS), 5)
+    assert samples.support.entries.shape[:2] == (len(PROMPTS), 5)
     uniforms[2, :] = 0.99
     samples = sample(model, ids, mask, uniforms, SamplingParams(5, (EOS,)))
     assert samples.completion_mask.sum(1).tolist() == [1, 1, 5, 1, 1, 1]
     assert samples.ended.tolist() == [True, True, False, True, True, True]
-    assert samples.completion_ids[2].tolist() == [VOCAB - 1] * 5
+    assert samples.tokens.completion_ids[2].tolist() == [VOCAB - 1] * 5
 
 
 def test_an_end_at_the_last_position_is_an_end():
@@ -178,7 +182,7 @@ def test_an_end_at_the_last_position_is_an_end():
 def test_any_of_several_eos_tokens_ends_a_completion():
     kept = make_samples(ActorCritic(gpt2()), n_time=12, eos=())
     stopped = make_samples(ActorCritic(gpt2()), n_time=12, eos=(3, 7))
-    for row, ids in enumerate(kept.completion_ids.tolist()):
+    for row, ids in enumerate(kept.tokens.completion_ids.tolist()):
         expected = next((t + 1 for t, token in enumerate(ids) if token in (3, 7)), 12)
         assert stopped.completion_mask[row].sum() == expected
 
@@ -190,8 +194,8 @@ def test_eos_inside_a_prompt_is_a_token_like_any_other():
     samples = make_samples(model, prompts)
     for row, prompt in enumerate(prompts):
         single = make_samples(model, prompts[: row + 1])  # the same rows get the same noise
-        assert single.completion_ids[row].equal(samples.completion_ids[row])
-        completion = alone(samples.completion_ids, samples.completion_mask, row)
+        assert single.tokens.completion_ids[row].equal(samples.tokens.completion_ids[row])
+        completion = alone(samples.tokens.completion_ids, samples.completion_mask, row)
         logits, _ = row_alone(model, torch.tensor(prompt), completion)
         expected = logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
         torch.testing.assert_close(alone(samples.logprobs, samples.completion_mask, row), expected, **ROUNDING)
@@ -334,7 +338,7 @@ def defined_support(logits, temperature, top_k=0, top_p=1.0, min_p=0.0):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_supports_are_those_of_the_definitions(settings, temperature):
     logits = torch.randn(40, 15, generator=torch.Generator().manual_seed(1)) * 2
-    support = SamplingParams(4, temperature=temperature, **settings).support(logits)
+    support = SamplingParams(4, temperature=temperature, **settings).allowed(logits)
     assert support.tolist() == [defined_support(row, temperature, **settings) for row in logits]
 
 
@@ -344,14 +348,13 @@ def test_supports_are_those_generate_samples_from(settings):
     ids, mask = encode(*PROMPTS)
     without = {"top_k": 0, "top_p": 1.0, "min_p": None}
     out = generate(policy, ids, mask, 1, do_sample=True, temperature=0.9, **(without | settings))
-    support = SamplingParams(1, temperature=0.9, **settings).support(out.logits[0])
+    support = SamplingParams(1, temperature=0.9, **settings).allowed(out.logits[0])
     assert support.equal(out.scores[0] > float("-inf"))
 
 
 def test_nothing_is_cut_off_by_default():
-    support = SamplingParams(4).support(torch.randn(3, 15))
-    assert support.shape == (3, 1) and support.all()
-    assert SamplingParams(4, top_k=99).support(torch.randn(3, 15)).all(), "more than there are: all"
+    assert SamplingParams(4).allowed(torch.randn(3, 15)) is None
+    assert SamplingParams(4, top_k=99).allowed(torch.randn(3, 15)).all(), "more than there are: all"
 
 
 # --- broken models ---------------------------------------------------------------------------------------------------
@@ -390,7 +393,7 @@ def test_a_model_may_forbid_tokens_but_not_overflow(forbidden, breaks):
             make_samples(model)
     else:
         samples = make_samples(model, n_time=20, eos=())
-        assert not samples.completion_ids.eq(3).any()
+        assert not samples.tokens.completion_ids.eq(3).any()
         assert samples.logprobs.isfinite().all()
 
 
@@ -404,13 +407,15 @@ def test_truncated_logprobs_are_those_of_the_truncated_distribution():
     """They sum to 1 over the support; those of the whole distribution would not."""
     model = ActorCritic(gpt2())
     samples = make_samples(model, top_k=3)
-    first = samples.support[:, 0]
+    first = supports(samples)[:, 0]
     assert first.sum(1).eq(3).all()
     ids, mask = encode(*PROMPTS)
     with torch.no_grad():
-        logits = model(ids, mask, samples.completion_ids[:, :1], samples.completion_mask[:, :1])[0][:, 0]
+        logits = read(model, ids, mask, samples.tokens.completion_ids[:, :1], samples.completion_mask[:, :1])[0][:, 0]
     every = torch.stack(
         [token_logprobs(logits, torch.full((len(PROMPTS),), v), support=first) for v in range(VOCAB)], dim=1
     )
     torch.testing.assert_close(every.exp().sum(1), torch.ones(len(PROMPTS)), atol=1e-5, rtol=0)
-    torch.testing.assert_close(samples.logprobs[:, 0], every.gather(1, samples.completion_ids[:, :1])[:, 0], **ROUNDING)
+    torch.testing.assert_close(
+        samples.logprobs[:, 0], every.gather(1, samples.tokens.completion_ids[:, :1])[:, 0], **ROUNDING
+    )

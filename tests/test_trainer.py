@@ -26,13 +26,11 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from lmppo import PPOTrainer
-from lmppo.checkpoint import list_checkpoints
+from lmppo.checks import NonFiniteError, StepZeroError
 from lmppo.estimators import estimate, shape_rewards
-from lmppo.experience import Experience
+from lmppo.records import Experience
 from lmppo.rewards import RewardError
-from lmppo.rollout import collect_rollout
-from lmppo.sampling import NonFiniteError
-from lmppo.step_zero import StepZeroError
+from lmppo.run.checkpoint import list_checkpoints
 from lmppo.update import ppo_update
 
 KINDS = ["shared", "separate", "lora"]
@@ -202,7 +200,6 @@ def test_every_setting_that_should_change_what_is_learned_does(tmp_path, base, n
 
 BETA = {"objective": "kl_penalty"}
 TRPO = {"objective": "trpo"}
-IN_LOSS = {"kl_placement": "loss", "kl_estimator": "k2"}
 NEEDING_ANOTHER = [
     ("kl_horizon", {"kl_target": 0.01}, 20),
     ("critic_warmup_epochs", {"critic_warmup_steps": 1}, 3),
@@ -215,11 +212,12 @@ NEEDING_ANOTHER = [
     ("trpo_cg_steps", TRPO, 1),
     ("trpo_damping", TRPO, 10.0),
     ("trpo_line_search_steps", TRPO | {"trpo_max_kl": 10.0}, 1),  # the whole step overshoots
-    ("kl_placement", {"kl_estimator": "k2"}, "loss"),
-    ("kl_placement", {"kl_estimator": "exact"}, "both"),
-    ("kl_estimator", IN_LOSS, "exact"),
-    ("kl_estimator", {}, "k3"),
-    ("kl_estimator", {}, "exact"),
+    ("kl_form", {}, "k2_loss"),
+    ("kl_form", {}, "k3_both"),
+    ("kl_form", {"kl_form": "k3_both"}, "exact_both"),
+    ("kl_form", {"kl_form": "k2_loss"}, "exact_loss"),
+    ("kl_form", {"kl_form": "k3_both"}, "k3_loss"),
+    ("kl_form", {"kl_form": "exact_both"}, "exact_loss"),
     ("truncation", {}, "bootstrap"),
     ("truncation", {}, "mask"),
     ("baseline", {"estimator": "rewards_to_go"}, "none"),
@@ -231,7 +229,7 @@ NEEDING_ANOTHER = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:kl_estimator")
+@pytest.mark.filterwarnings("ignore:kl_form")
 @pytest.mark.parametrize("name, start, other", NEEDING_ANOTHER)
 def test_settings_that_need_another_one_do_something_with_it(tmp_path, name, start, other):
     runs = [weights(trained(tmp_path / str(i), **(BASE | start | s))) for i, s in enumerate(({}, {name: other}))]
@@ -393,13 +391,8 @@ def test_the_loop_can_be_written_by_hand(tmp_path):
     reference = trained(tmp_path / "a")
     trainer = make_trainer(tmp_path / "b")
     for iteration in range(2):
-        prompts = trainer.prompts.next_batch(8)
-        scored = collect_rollout(
-            trainer.model, trainer.reference, trainer.rewards, prompts, trainer.args,
-            tokenizer=trainer.processing_class, params=trainer.params, accelerator=trainer.accelerator,
-            iteration=iteration, trainer_state=trainer.state,
-        )  # fmt: skip
-        rewards = shape_rewards(scored.rollout, trainer.args, trainer.streams, kl_coef=trainer.kl_control.coef)
+        scored = trainer.collector.collect(trainer.prompts.next_batch(8), iteration)
+        rewards = shape_rewards(scored.rollout, trainer.args, trainer.streams, kl_coef=trainer.control.kl.coef)
         estimated = estimate(scored.rollout, rewards, trainer.args, trainer.streams)
         experience = Experience.from_rollout(scored.rollout, estimated.advantages, estimated.returns)
         ppo_update(trainer.model, trainer.optimizer, experience, trainer.args, trainer.accelerator, iteration=iteration)
@@ -409,7 +402,7 @@ def test_the_loop_can_be_written_by_hand(tmp_path):
 def test_one_step_can_be_taken_without_train(tmp_path):
     reference = trained(tmp_path / "a")
     trainer = make_trainer(tmp_path / "b")
-    rows = [trainer.step(i) for i in range(2)]
+    rows = [trainer.step() for i in range(2)]
     assert_same(weights(trainer), weights(reference))
     assert [row["step"] for row in metrics_rows(tmp_path / "b")] == [1, 2]
     assert rows[0]["reward"] == reference.state.log_history[0]["reward"]
@@ -417,9 +410,9 @@ def test_one_step_can_be_taken_without_train(tmp_path):
 
 def test_two_trainers_in_one_process_do_not_disturb_each_other(tmp_path, base):
     first, second = make_trainer(tmp_path / "a", **BASE), make_trainer(tmp_path / "b", **BASE)
-    for i in range(2):
-        first.step(i)
-        second.step(i)
+    for _ in range(2):
+        first.step()
+        second.step()
     assert_same(weights(first), base)
     assert_same(weights(second), base)
 

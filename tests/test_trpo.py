@@ -8,11 +8,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import PROMPTS, assert_same, build_model, make_config, make_experience, make_samples
+from builders import PROMPTS, assert_same, build_model, make_config, make_experience, make_samples, supports
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lmppo.sampling import NonFiniteError
-from lmppo.trpo import PolicyBatch, conjugate_gradients, trpo_step
+from lmppo.checks import NonFiniteError
+from lmppo.trpo import PolicyBatch, conjugate_gradients, trpo_update
 
 ACCELERATOR = Accelerator(cpu=True)
 CASES = [
@@ -41,7 +41,7 @@ def setting(family="gpt2", kind="shared", prompts=PROMPTS, *, temperature=1.0, *
 
 
 def step(model, experience, *, accelerator=ACCELERATOR, **settings):
-    return trpo_step(model, experience, config(**settings), accelerator, iteration=3)
+    return trpo_update(model, experience, config(**settings), accelerator, iteration=3)
 
 
 # --- by definition ---------------------------------------------------------------------------------------------------
@@ -51,20 +51,20 @@ def distributions(model, experience, temperature=1.0):
     """``(N, V)`` log-probabilities at all counted states, each row read alone: no padding, no masks."""
     found = []
     for row, mask in enumerate(experience.completion_mask):
-        prompt = experience.prompt_ids[row][experience.prompt_mask[row]]
+        prompt = experience.tokens.prompt_ids[row][experience.tokens.prompt_mask[row]]
         times = mask.nonzero()[:, 0].tolist()
-        ids = torch.cat([prompt, experience.completion_ids[row, : times[-1] + 1]])[None]
+        ids = torch.cat([prompt, experience.tokens.completion_ids[row, : times[-1] + 1]])[None]
         logits = model.policy(input_ids=ids).logits[0]
         for t in times:
             z = logits[len(prompt) - 1 + t] / temperature
-            z = z.masked_fill(~experience.support[row, t].expand(len(z)), -torch.inf)
+            z = z.masked_fill(~supports(experience)[row, t].expand(len(z)), -torch.inf)
             found.append(z - z.exp().sum().log())
     return torch.stack(found)
 
 
 def chosen(logprobs, experience):
     """``(N,)`` the log-probabilities of the sampled tokens."""
-    return logprobs.gather(1, experience.completion_ids[experience.completion_mask][:, None])[:, 0]
+    return logprobs.gather(1, experience.tokens.completion_ids[experience.completion_mask][:, None])[:, 0]
 
 
 def mean_kl(old, new):
@@ -194,7 +194,7 @@ def test_the_step_improves_the_surrogate_and_fills_its_ball(family, kind, sampli
         "approx_kl": pytest.approx((log_ratio.exp() - 1 - log_ratio).mean().item()),
         "ratio": pytest.approx(log_ratio.exp().mean().item()),
         "entropy": pytest.approx(torch.where(new > -torch.inf, -new.exp() * new, 0.0).sum(1).mean().item()),
-        "log_ratio_max": pytest.approx(0.0, abs=1e-12),
+        "first_ratio_error": pytest.approx(0.0, abs=1e-12),
         "trpo/grad_norm": stats["trpo/grad_norm"],
         "trpo/expected_improvement": stats["trpo/expected_improvement"],
         "trpo/step_fraction": stats["trpo/step_fraction"],
@@ -221,13 +221,13 @@ def test_micro_batches_padding_and_what_is_masked_change_nothing():
     narrow, wide, padded = (copy.deepcopy(model) for _ in range(3))
     mask = experience.completion_mask
     masked = {n: torch.where(mask, getattr(experience, n), torch.nan) for n in ("advantages", "old_logprobs")}
-    ids = torch.where(mask.flip(1).cumsum(1).flip(1) > 0, experience.completion_ids, 7)
+    ids = torch.where(mask.flip(1).cumsum(1).flip(1) > 0, experience.tokens.completion_ids, 7)
     shifted = dataclasses.replace(
         experience,
         **masked,
         completion_ids=ids,
-        prompt_ids=torch.nn.functional.pad(experience.prompt_ids, (3, 0), value=5),
-        prompt_mask=torch.nn.functional.pad(experience.prompt_mask, (3, 0)),
+        prompt_ids=torch.nn.functional.pad(experience.tokens.prompt_ids, (3, 0), value=5),
+        prompt_mask=torch.nn.functional.pad(experience.tokens.prompt_mask, (3, 0)),
     )
     expected = step(narrow, experience, micro_batch_size=1)
     assert expected["trpo/step_fraction"] > 0
@@ -266,14 +266,14 @@ def test_in_float32_the_ratio_starts_at_one_and_attention_is_left_as_it_was():
     experience = make_experience(make_samples(model, PROMPTS))
     before = torch.backends.cuda.flash_sdp_enabled(), model.policy.config._attn_implementation
     stats = step(model, experience)
-    assert stats["log_ratio_max"] < 2e-5
+    assert stats["first_ratio_error"] < 2e-5
     assert 0.004 < stats["trpo/kl"] <= 0.01 and stats["trpo/improvement"] > 0
     assert (torch.backends.cuda.flash_sdp_enabled(), model.policy.config._attn_implementation) == before
     assert before == (True, "sdpa"), "the kernel that cannot be differentiated twice is the usual one"
 
 
 class Process:
-    """One of two processes that are threads: what trpo_step asks of an accelerator."""
+    """One of two processes that are threads: what trpo_update asks of an accelerator."""
 
     num_processes, device = 2, torch.device("cpu")
     autocast = staticmethod(nullcontext)

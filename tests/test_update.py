@@ -18,15 +18,20 @@ from builders import (
     make_config,
     make_experience,
     make_samples,
+    read,
+    supports,
+    with_mask,
     with_values,
 )
 
-from lmppo.build import make_optimizer
-from lmppo.experience import Experience
+from lmppo.checks import NonFiniteError, StepZeroError
+from lmppo.loss import Penalties, ppo_loss
 from lmppo.models import ActorCritic
-from lmppo.sampling import NonFiniteError
-from lmppo.step_zero import StepZeroError
-from lmppo.update import accumulate_gradients, minibatch_rows, ppo_loss, ppo_update
+from lmppo.optimizer import make_optimizer
+from lmppo.records import Experience, Tokens
+from lmppo.support import Support
+from lmppo.trpo import trpo_update
+from lmppo.update import accumulate_gradients, critic_epochs, critic_update, minibatch_rows, ppo_update
 
 KINDS = ["shared", "separate", "lora"]
 ROWS = PROMPTS * 2
@@ -45,16 +50,21 @@ def setting(family="gpt2", kind="shared", **sampling):
     mask = experience.completion_mask.clone()
     longest = int(mask.sum(1).argmax())
     mask[longest, 1:3] = False  # read, but not trained on
-    return model, dataclasses.replace(experience, completion_mask=mask)
+    return model, with_mask(experience, mask)
 
 
 def update(model, experience, *, iteration=0, optimizer=None, tolerance=None, **settings):
     settings = config(**settings)
     optimizer = make_optimizer(model, settings) if optimizer is None else optimizer
-    return ppo_update(
-        model, optimizer, experience, settings, ACCELERATOR, iteration=iteration, first_ratio_tolerance=tolerance,
-        policy_frozen=iteration < settings.critic_warmup_steps,
-    )  # fmt: skip
+    parts = (experience, settings, ACCELERATOR)
+    if iteration < settings.critic_warmup_steps:
+        epochs = critic_epochs(settings, warmup=True)
+        return critic_update(model, optimizer, *parts, iteration=iteration, epochs=epochs)
+    if settings.objective == "trpo":
+        stats = trpo_update(model, *parts, iteration=iteration, first_ratio_tolerance=tolerance)
+        epochs = critic_epochs(settings)
+        return critic_update(model, optimizer, *parts, iteration=iteration, epochs=epochs) | stats
+    return ppo_update(model, optimizer, *parts, iteration=iteration, first_ratio_tolerance=tolerance)
 
 
 def state_of(model):
@@ -92,10 +102,10 @@ def loss_by_definition(model, experience, rows, settings, seen):
     high = settings.clip_range if settings.clip_range_high is None else settings.clip_range_high
     total = 0.0
     for row in rows.tolist():
-        prompt = experience.prompt_ids[row][experience.prompt_mask[row]]
+        prompt = experience.tokens.prompt_ids[row][experience.tokens.prompt_mask[row]]
         mask = experience.completion_mask[row]
         n_read = int(mask.nonzero().max()) + 1  # a gap is read; what follows the last counted token is padding
-        ids = torch.cat([prompt, experience.completion_ids[row, :n_read]])[None]
+        ids = torch.cat([prompt, experience.tokens.completion_ids[row, :n_read]])[None]
         out = model.policy(input_ids=ids, output_hidden_states=True)
         states = range(len(prompt) - 1, len(prompt) - 1 + n_read)
         for t, state in enumerate(states):
@@ -105,10 +115,10 @@ def loss_by_definition(model, experience, rows, settings, seen):
                 value = model.critic(input_ids=ids).logits[0, state, 0]
             else:
                 value = model.value_head(out.hidden_states[-1][0, state])[0]
-            support = experience.support[row, t].expand(out.logits.shape[-1]).nonzero()[:, 0]
+            support = supports(experience)[row, t].expand(out.logits.shape[-1]).nonzero()[:, 0]
             z = out.logits[0, state][support] / settings.temperature
             p = torch.softmax(z, dim=0)
-            token = int((support == experience.completion_ids[row, t]).nonzero())
+            token = int((support == experience.tokens.completion_ids[row, t]).nonzero())
             ratio = p[token] / experience.old_logprobs[row, t].exp()
             advantage = experience.advantages[row, t]
             clipped = torch.clamp(ratio, 1 - settings.clip_range, 1 + high)
@@ -202,7 +212,9 @@ def test_micro_batches_change_no_gradient(family, kind):
     results = {}
     for size in (12, 1, 5, 7):
         model.zero_grad()
-        stats = accumulate_gradients(model, experience, config(micro_batch_size=size, ent_coef=0.1), ACCELERATOR)
+        stats = accumulate_gradients(
+            model, experience, config(micro_batch_size=size, ent_coef=0.1), ACCELERATOR, Penalties()
+        )
         results[size] = gradients(model), stats
     lengths = experience.completion_mask.sum(1)
     assert lengths.min() == 1 and lengths.max() > 5
@@ -214,16 +226,16 @@ def test_micro_batches_change_no_gradient(family, kind):
 
 def test_padding_changes_no_gradient_and_no_metric():
     model, experience = setting()
-    wide = {}
-    for f in dataclasses.fields(Experience):
-        tensor = getattr(experience, f.name)
-        filler = tensor.new_full((len(tensor), 3, *tensor.shape[2:]), f.name == "support")
-        wide[f.name] = torch.cat([filler, tensor] if f.name.startswith("prompt") else [tensor, filler], dim=1)
+
+    def widen(tensor, axes):
+        filler = tensor.new_zeros(len(tensor), 3, *tensor.shape[2:])
+        return torch.cat([filler, tensor] if axes[1] == "P" else [tensor, filler], dim=1)
+
     results = []
-    for record in (experience, Experience(**wide)):
+    for record in (experience, experience.map(widen)):
         model.zero_grad()
         total = int(record.completion_mask.sum())
-        loss, sums = ppo_loss(model, record, config(ent_coef=0.1), token_count=total)  # untrimmed
+        loss, sums = ppo_loss(model, record, config(ent_coef=0.1), Penalties(), token_count=total)  # untrimmed
         loss.backward()
         results.append((loss, sums, gradients(model)))
     (loss, sums, grads), (wide_loss, wide_sums, wide_grads) = results
@@ -258,9 +270,12 @@ def test_what_is_not_counted_changes_nothing_to_the_last_bit():
 
 def test_the_experience_is_left_as_it_was():
     model, experience = setting()
-    before = {f.name: getattr(experience, f.name).clone() for f in dataclasses.fields(Experience)}
+    before, after = [], []
+    experience.map(lambda tensor, axes: before.append(tensor.clone()) or tensor)
     update(model, experience)
-    assert_same({f.name: getattr(experience, f.name) for f in dataclasses.fields(Experience)}, before)
+    experience.map(lambda tensor, axes: after.append(tensor) or tensor)
+    assert len(before) > 8
+    assert_same(dict(enumerate(after)), dict(enumerate(before)))
 
 
 def test_a_minibatch_in_which_nothing_counts_teaches_nothing():
@@ -270,16 +285,14 @@ def test_a_minibatch_in_which_nothing_counts_teaches_nothing():
     optimizer = make_optimizer(model, settings)
     ppo_update(model, optimizer, experience, settings, ACCELERATOR, iteration=0)
     before = state_of(model)
-    nothing = dataclasses.replace(experience, completion_mask=torch.zeros_like(experience.completion_mask))
+    nothing = with_mask(experience, torch.zeros_like(experience.completion_mask))
     assert ppo_update(model, optimizer, nothing, settings, ACCELERATOR, iteration=1)["optimizer_steps"] == 0
     assert_same(state_of(model), before)
 
     (rows, *others) = minibatch_rows(12, 4, seed=settings.seed, iteration=2, epoch=0)
     some = experience.completion_mask.clone()
     some[torch.cat(others)] = False
-    stats = ppo_update(
-        model, optimizer, dataclasses.replace(experience, completion_mask=some), settings, ACCELERATOR, iteration=2
-    )
+    stats = ppo_update(model, optimizer, with_mask(experience, some), settings, ACCELERATOR, iteration=2)
     assert stats["optimizer_steps"] == 1 and stats["ratio"] > 0.5 and some[rows].any()
 
 
@@ -291,12 +304,12 @@ def test_eos_is_trained_although_it_is_also_the_pad():
 
     def logprob():
         with torch.no_grad():
-            return model(ids, mask, tokens, counted)[0].log_softmax(-1)[:, 0, EOS]
+            return read(model, ids, mask, tokens, counted)[0].log_softmax(-1)[:, 0, EOS]
 
     before = logprob()
     zeros = torch.zeros(2, 1, 1)
     experience = Experience(
-        ids, mask, tokens, counted, torch.ones(2, 1, 1).bool(), before[:, None], before[:, None], zeros,
+        Tokens(ids, mask, tokens, counted), Support.of_all(2, 1), before[:, None], before[:, None], zeros,
         torch.ones(2, 1), zeros,
     )  # fmt: skip
     update(model, experience, rollout_batch_size=2, minibatch_size=2)
@@ -347,11 +360,9 @@ def test_a_target_kl_stops_before_the_step_that_is_too_late():
     original = make_optimizer(model, config(**settings))
     for epoch in range(4):
         for rows in minibatch_rows(12, 6, seed=42, iteration=0, epoch=epoch):
-            part = dataclasses.replace(
-                experience, **{f.name: getattr(experience, f.name)[rows] for f in dataclasses.fields(Experience)}
-            )
+            part = experience.rows(rows)
             original.zero_grad()
-            seen.append(accumulate_gradients(model, part, config(**settings), ACCELERATOR))
+            seen.append(accumulate_gradients(model, part, config(**settings), ACCELERATOR, Penalties()))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             original.step()
     kls = [stats["approx_kl"] for stats in seen]

@@ -61,10 +61,10 @@ def _check_effect(stream: RewardStream, args: PPOConfig) -> None:
             f"reward stream {stream.name!r}: gamma={stream.gamma} discounts later rewards, which "
             f"estimator='immediate_rewards' does not use: leave it out, or choose another estimator."
         )
-    if stream.name == "kl" and args.kl_placement == "loss":
+    if stream.name == "kl" and not args.kl_in_reward:
         raise ValueError(
-            "reward stream 'kl' holds the KL penalty of the reward, and kl_placement='loss' has none there: leave the "
-            "stream out, or set kl_placement='reward' or 'both'."
+            f"reward stream 'kl' holds the KL penalty of the reward, and kl_form={args.kl_form!r} has none there: leave "
+            f"the stream out, or set kl_form='k1_reward', 'k3_both' or 'exact_both'."
         )
 
 

@@ -12,7 +12,7 @@ from builders import metrics_rows, weights
 from safetensors.torch import load_file
 from worker import RUNS, build, train
 
-from lmppo.checkpoint import checkpoint_dir, verify_checkpoint
+from lmppo.run.checkpoint import checkpoint_dir, verify_checkpoint
 
 HERE = Path(__file__).parent
 # Sums in another order, made larger by Adam: weights of order 0.1 after a few steps of 0.01.

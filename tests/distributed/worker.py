@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from builders import PROMPTS, build_policy_arguments, count_a, make_trainer, weights
+from builders import PROMPTS, build_policy_arguments, count_a, make_trainer, supports, weights
 from safetensors.torch import save_file
 
 from lmppo.trainer import PPOTrainer
@@ -19,8 +19,7 @@ RUNS = {
     "kl-penalty": {
         "objective": "kl_penalty",
         "critic_epochs": 3,
-        "kl_estimator": "exact",
-        "kl_placement": "both",
+        "kl_form": "exact_both",
         "truncation": "bootstrap",
         "save_rollouts": 5,
     },
@@ -51,21 +50,23 @@ def train(root, name):
     """Train, and write down what this process sampled, saw and ended with."""
     trainer = build(root / name, name)
     seen = []
-    collect = trainer.rollout
+    collect = trainer.collector.collect
 
     def keep(*args, **kwargs):
         seen.append(collect(*args, **kwargs))
         return seen[-1]
 
-    trainer.rollout = keep
+    trainer.collector.collect = keep
     trainer.train()
     after = trainer.evaluate()  # the processes can still talk to each other when training is over
     rank = trainer.accelerator.process_index
     tensors = {f"weights/{n}": tensor for n, tensor in weights(trainer).items()}
     for i, scored in enumerate(seen):
         for field in ("prompt_ids", "completion_ids", "completion_mask", "logprobs", "ref_logprobs", "values", "scores",
-                      "ended", "support"):  # fmt: skip
-            tensors[f"rollout{i}/{field}"] = getattr(scored.rollout, field).contiguous()
+                      "ended"):  # fmt: skip
+            record = scored.rollout.tokens if hasattr(scored.rollout.tokens, field) else scored.rollout
+            tensors[f"rollout{i}/{field}"] = getattr(record, field).contiguous()
+        tensors[f"rollout{i}/support"] = supports(scored.rollout).contiguous()
         tensors[f"rollout{i}/per_function"] = scored.per_function.contiguous()
     save_file({n: t.clone() for n, t in tensors.items()}, root / f"{name}-{rank}.safetensors")
     texts = [

@@ -92,8 +92,8 @@ def test_bandits():
 def test_the_trainer_starts_at_the_reference_and_learns(tmp_path):
     trainer = lab_training.make_trainer(str(tmp_path), seed=0)
     assert lab_training.share_of_the_way(trainer) == pytest.approx(0.0, abs=1e-6)
-    for iteration in range(6):
-        trainer.step(iteration)
+    for _ in range(6):
+        trainer.step()
     assert 0.3 < lab_training.share_of_the_way(trainer) < 1.0
 
 
@@ -108,7 +108,7 @@ def test_the_variants_are_those_they_claim_to_be(tmp_path):
     assert [s.name for s in lab_training.VARIANTS["a stream for the KL"]["reward_streams"]] == ["score", "kl"]
     for name, trainer in trainers.items():
         assert lab_training.share_and_kl(trainer) == pytest.approx((0.0, 0.0), abs=1e-6), name
-        trainer.step(0)
+        trainer.step()
         assert lab_training.share_and_kl(trainer)[1] > 0, name
     settings = lab_training.OBJECTIVES["clip, asymmetric and dual"]
     args = lab_training.make_trainer(str(tmp_path), seed=0, **settings).args
@@ -142,7 +142,7 @@ def test_the_true_values_of_streams_are_those_of_rollouts(tmp_path):
     """V of the first state is the mean discounted return of sampled completions."""
     trainer = lab_training.make_trainer(str(tmp_path), seed=0, rollout_batch_size=2048)
     values = lab_reuse.true_values(lab_training.exact_logprobs(trainer.actor_critic.policy))[0, 0]
-    ids = trainer.rollout(trainer.prompts.next_batch(2048), 0).rollout.completion_ids.tolist()
+    ids = trainer.collector.collect(trainer.prompts.next_batch(2048), 0).rollout.tokens.completion_ids.tolist()
     for k, (pay, gamma) in enumerate(((task.pay_pairs, 1.0), (task.pay_cs, 0.5))):
         returns = torch.tensor([sum(gamma**t * x for t, x in enumerate(pay(row))) for row in ids])
         assert abs(returns.mean() - values[k]) < 4 * returns.std() / math.sqrt(len(ids))

@@ -19,7 +19,7 @@ from transformers import (
 from trl import TrlParser
 
 from lmppo import PPOConfig
-from tests.fakes import tiny_gpt2, tiny_tokenizer
+from tests.fakes import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -95,7 +95,10 @@ def test_unknown_keys_and_flags_are_errors(tmp_path):
 
 def test_main_job_runs_resumes_and_leaves_what_it_promises(tmp_path):
     run = tmp_path / "run"
-    launch("recipes/configs/tiny_reviews.yaml", run, "--max_steps", "2")
+    printed = launch("recipes/configs/tiny_reviews.yaml", run, "--max_steps", "2")
+    critic = "reward_models/tiny-reviews-sentiment"  # by its tokens, as the YAML asks
+    assert f"Critic: {critic!r}, which reads the policy's tokens." in printed.splitlines()
+    assert yaml.safe_load((run / "run_config.yaml").read_text())["critic"] == critic
     assert [row["step"] for row in rows_of(run)] == [1, 2]
     assert (run / "curves.png").stat().st_size > 10_000
     assert (run / "run_config.yaml").exists() and (run / "checkpoints" / "step-000002" / "MANIFEST.json").exists()
@@ -117,13 +120,35 @@ def test_another_reward_takes_one_flag(tmp_path):
     assert (settings["reward_funcs"], settings["watch_funcs"]) == (["lexicon"], [])
 
 
+def test_a_policy_of_another_family_takes_one_flag(tmp_path):
+    """Its tokens are not those of the critic that the YAML names, so it gets a value head, and that is said."""
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    command = [sys.executable, "recipes/ppo_sentiment.py", "--config", "recipes/configs/tiny_reviews.yaml"]
+    command += ["--model_name_or_path", str(tmp_path / "llama"), "--max_steps", "1", "--rollout_batch_size", "8"]
+    command += ["--minibatch_size", "8", "--eval_completions", "8", "--output_dir", str(tmp_path / "run")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith("Critic: ")]
+    refused = "Critic: a value head on the policy's trunk, not 'reward_models/tiny-reviews-sentiment': "
+    assert len(said) == 1 and said[0].startswith(refused)
+    assert "critic" not in yaml.safe_load((tmp_path / "run" / "run_config.yaml").read_text())
+    (row,) = rows_of(tmp_path / "run")
+    assert row["value_loss"] > 0 and row["rewards/tiny-reviews-sentiment/std"] > 0
+    head = load_file(tmp_path / "run" / "final" / "value_head.safetensors")["weight"]
+    assert (head != 0).any(), "the value head has learned"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").config.model_type == "llama"
+
+
 def test_two_processes_learn_the_same_as_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     launch("recipes/configs/tiny_reviews.yaml", one, "--max_steps", "2")
     both = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
-    launch(
+    printed = launch(
         "recipes/configs/tiny_reviews.yaml", two, "--max_steps", "2", launcher=both, env={"ACCELERATE_USE_CPU": "true"}
     )
+    assert printed.count("Critic: ") == 1, "said by one process of the two"
     for a, b in zip(rows_of(one), rows_of(two), strict=True):
         for name in ("reward", "kl_to_ref", "completion_length", "value_loss", "policy_loss", "explained_variance"):
             assert a[name] == pytest.approx(b[name], abs=1e-4), name

@@ -1,6 +1,5 @@
 """The rollout: sampled, measured under the reference, scored as trl's reward functions are, and gathered."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -15,21 +14,23 @@ from builders import (
     make_samples,
     make_trainer,
     row_alone,
+    supports,
     with_values,
 )
 from fakes import letter_tokenizer
 from test_prompts import CHAT_TEMPLATE
 
-from lmppo.experience import trim
+from lmppo.collector import decode_completions, local_rows
+from lmppo.config import KL_FORMS
 from lmppo.models import ActorCritic, Reference, score_tokens
-from lmppo.rollout import decode_completions, local_rows
+from lmppo.records import Tokens
 
 ROUNDING = {"atol": 5e-6, "rtol": 1e-5}  # float32, other matrix shapes
 
 
 def collect(trainer, iteration=0):
     size = trainer.args.rollout_batch_size // trainer.args.num_generations
-    return trainer.rollout(trainer.prompts.next_batch(size, trainer.args.num_generations), iteration)
+    return trainer.collector.collect(trainer.prompts.next_batch(size, trainer.args.num_generations), iteration)
 
 
 # --- log-probabilities of samples ------------------------------------------------------------------------------------
@@ -43,9 +44,9 @@ def test_reference_logprobs_are_those_of_the_row_alone_on_the_same_support(famil
     temperature = sampling.get("temperature", 1.0)
     logprobs = score_tokens(Reference(other.policy).logits, samples, temperature, 4)
     for row in range(len(PROMPTS)):
-        completion = alone(samples.completion_ids, samples.completion_mask, row)
-        logits, _ = row_alone(other, alone(samples.prompt_ids, samples.prompt_mask, row), completion)
-        z = (logits / temperature).masked_fill(~samples.support[row, : len(completion)], -torch.inf)
+        completion = alone(samples.tokens.completion_ids, samples.completion_mask, row)
+        logits, _ = row_alone(other, alone(samples.tokens.prompt_ids, samples.tokens.prompt_mask, row), completion)
+        z = (logits / temperature).masked_fill(~supports(samples)[row, : len(completion)], -torch.inf)
         expected = z.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
         torch.testing.assert_close(alone(logprobs, samples.completion_mask, row), expected, **ROUNDING)
     assert logprobs[~samples.completion_mask].eq(0).all()
@@ -65,8 +66,8 @@ def test_the_number_of_rows_per_forward_pass_changes_nothing(size):
 def test_trimming_before_the_forward_pass_changes_nothing():
     samples = make_samples(build_model("gpt2", "shared"), n_time=20)
     reference = Reference(gpt2(seed=6))
-    narrow = trim(samples)
-    width = narrow.completion_ids.shape[1]
+    narrow = samples.trim()
+    width = narrow.tokens.completion_ids.shape[1]
     torch.testing.assert_close(
         score_tokens(reference.logits, samples, 1.0, 6)[:, :width],
         score_tokens(reference.logits, narrow, 1.0, 6),
@@ -93,15 +94,15 @@ def test_kl_to_a_given_reference_is_the_log_ratio(tmp_path):
     assert rollout.kl_to_ref.abs().max() > 0.1
 
 
-@pytest.mark.filterwarnings("ignore:kl_estimator")
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "exact"])
-def test_the_kl_that_is_paid_for_is_the_configured_estimate(tmp_path, estimator):
+@pytest.mark.filterwarnings("ignore:kl_form")
+@pytest.mark.parametrize("form", KL_FORMS)
+def test_the_kl_of_the_rollout_is_the_configured_estimate(tmp_path, form):
     other = gpt2(seed=6)
-    trainer = make_trainer(tmp_path, ref_model=other, kl_estimator=estimator, temperature=0.8, micro_batch_size=3)
+    trainer = make_trainer(tmp_path, ref_model=other, kl_form=form, temperature=0.8, micro_batch_size=3)
     rollout = collect(trainer).rollout
     for row in range(8):
-        prompt, completion = (alone(rollout.prompt_ids, rollout.prompt_mask, row),
-                              alone(rollout.completion_ids, rollout.completion_mask, row))  # fmt: skip
+        prompt, completion = (alone(rollout.tokens.prompt_ids, rollout.tokens.prompt_mask, row),
+                              alone(rollout.tokens.completion_ids, rollout.completion_mask, row))  # fmt: skip
         p, q = (
             (row_alone(m, prompt, completion)[0] / 0.8).log_softmax(-1)
             for m in (trainer.actor_critic, ActorCritic(other))
@@ -109,7 +110,7 @@ def test_the_kl_that_is_paid_for_is_the_configured_estimate(tmp_path, estimator)
         d = (p - q).gather(-1, completion[:, None])[:, 0]
         expected = {"k1": d, "k2": d.square() / 2, "k3": (-d).exp() - 1 + d, "exact": (p.exp() * (p - q)).sum(-1)}
         paid = alone(rollout.kl_penalty, rollout.completion_mask, row)
-        torch.testing.assert_close(paid, expected[estimator], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(paid, expected[form.partition("_")[0]], atol=1e-4, rtol=1e-4)
     assert rollout.kl_penalty[~rollout.completion_mask].eq(0).all()
 
 
@@ -121,8 +122,8 @@ def test_a_cut_completion_has_the_value_of_its_last_state(tmp_path, kind):
     assert rollout.ended.any() and not rollout.ended.all()
     end = torch.tensor([1])  # any token: the state before it is the one that is asked for
     for row in range(8):
-        context = torch.cat([alone(rollout.prompt_ids, rollout.prompt_mask, row),
-                             alone(rollout.completion_ids, rollout.completion_mask, row)])  # fmt: skip
+        context = torch.cat([alone(rollout.tokens.prompt_ids, rollout.tokens.prompt_mask, row),
+                             alone(rollout.tokens.completion_ids, rollout.completion_mask, row)])  # fmt: skip
         expected = torch.zeros(1) if rollout.ended[row] else row_alone(trainer.actor_critic, context, end)[1][0]
         torch.testing.assert_close(rollout.bootstrap_values[row], expected, atol=1e-5, rtol=1e-4)
     assert collect(make_trainer(tmp_path)).rollout.bootstrap_values.eq(0).all()
@@ -141,16 +142,18 @@ def test_scores_stand_on_the_last_token_of_each_completion(tmp_path):
     trainer = make_trainer(tmp_path, reward=reward, rollout_batch_size=24, minibatch_size=12)
     scored = collect(trainer)
     rollout = scored.rollout
-    lengths = rollout.completion_lengths.tolist()
+    lengths = rollout.tokens.lengths.tolist()
     assert 1 in lengths and 8 in lengths and len(set(lengths)) > 2
     assert rollout.ended.any() and not rollout.ended.all()
     for row, length in enumerate(lengths):
         expected = torch.zeros(8)
         expected[length - 1] = row + 1
         assert rollout.scores[row, :, 0].equal(expected)
-        last = rollout.completion_ids[row, length - 1].item()
+        last = rollout.tokens.completion_ids[row, length - 1].item()
         assert bool(rollout.ended[row]) == (last == 0)
-        assert calls[row] == rollout.completion_ids[row, :length].tolist(), "EOS is among the ids a function sees"
+        assert calls[row] == rollout.tokens.completion_ids[row, :length].tolist(), (
+            "EOS is among the ids a function sees"
+        )
         assert "<|endoftext|>" not in scored.completions[row]
     assert scored.per_function[:, 0].tolist() == [float(i + 1) for i in range(24)]
 
@@ -160,7 +163,7 @@ def test_dense_rewards_stand_on_their_tokens(tmp_path):
         return [[0.5 * token for token in ids] for ids in completion_ids]
 
     rollout = collect(make_trainer(tmp_path, reward=per_token)).rollout
-    expected = torch.where(rollout.completion_mask, 0.5 * rollout.completion_ids, 0.0)
+    expected = torch.where(rollout.completion_mask, 0.5 * rollout.tokens.completion_ids, 0.0)
     assert rollout.scores[..., 0].equal(expected)
 
 
@@ -179,7 +182,9 @@ def test_columns_and_generations_reach_the_reward_functions(tmp_path):
     assert labels == [0, 0, 1, 1, 2, 2, 3, 3]
     assert notes == [f"n{i}" for i in labels]
     assert step == 0
-    assert scored.rollout.completion_ids[0::2].ne(scored.rollout.completion_ids[1::2]).any(), "each has its own noise"
+    assert scored.rollout.tokens.completion_ids[0::2].ne(scored.rollout.tokens.completion_ids[1::2]).any(), (
+        "each has its own noise"
+    )
 
 
 def test_chat_completions_are_messages(tmp_path):
@@ -234,19 +239,23 @@ def test_functions_are_added_with_their_weights(tmp_path):
 def test_the_same_iteration_samples_the_same_and_another_does_not(tmp_path):
     trainer = make_trainer(tmp_path)
     batch = trainer.prompts.next_batch(8)
-    first, again, other = (trainer.rollout(batch, i).rollout.completion_ids for i in (0, 0, 1))
+    first, again, other = (trainer.collector.collect(batch, i).rollout.tokens.completion_ids for i in (0, 0, 1))
     assert first.equal(again) and not first.equal(other)
-    assert not first.equal(trainer.rollout(batch, 0, purpose=1).rollout.completion_ids), "evaluation has its own noise"
+    assert not first.equal(trainer.collector.collect(batch, 0, purpose=1).rollout.tokens.completion_ids), (
+        "evaluation has its own noise"
+    )
 
 
 def test_nothing_in_the_record_carries_a_gradient(tmp_path):
     rollout = collect(make_trainer(tmp_path)).rollout
-    assert not any(getattr(rollout, f.name).requires_grad for f in dataclasses.fields(rollout))
+    seen = []
+    rollout.map(lambda tensor, _: seen.append(tensor.requires_grad) or tensor)
+    assert len(seen) == 13 and not any(seen)
 
 
 def test_completions_are_decoded_from_counted_tokens_only():
     ids, mask = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]]), torch.tensor([[True, True, False, False], [True] * 4])
-    assert decode_completions(letter_tokenizer(), ids, mask) == ["ab", "defg"]
+    assert decode_completions(letter_tokenizer(), Tokens(ids[:, :1], mask[:, :1], ids, mask)) == ["ab", "defg"]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -13,7 +13,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from lmppo.step_zero import StepZeroError, check_first_ratio, check_kl_zero, rounding_tolerance
+from lmppo.checks import StepZeroError, check_first_ratio, check_kl_zero, rounding_tolerance
 
 COMMON = {"vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": EOS}
 

@@ -1,8 +1,15 @@
-"""What must hold before the first step, up to rounding: every ratio is 1, and the policy is the reference.
+"""What stops a run: numbers that are not finite, and numbers that differ before the first step.
+
+Before the first step, up to rounding, every ratio is 1, and the policy is the reference.
 
 A log-probability is a logit minus the logsumexp of all of them, so its rounding error grows with the logits: those of
 GPT-2 lie at -30 to -130, and a bound that was measured on smaller ones stops runs that are right.
 """
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
 
 # Nats of rounding in a log-probability, and the |logit| up to which that bound holds; beyond it grows in proportion.
 _ROUNDING = {"no": (1e-4, 20.0), "bf16": (1e-2, 1.0), "fp16": (1e-2, 1.0), "fp8": (1e-1, 1.0)}
@@ -58,3 +65,47 @@ def check_kl_zero(worst: float, tolerance: float) -> None:
             f"batch or on padding, weights changed after the trainer was built, an adapter that does not start at zero. "
             f"If it is rounding, raise step_zero_tolerance."
         )
+
+
+class NonFiniteError(RuntimeError):
+    """A number that must be finite is NaN or infinite; nothing was updated or saved with it."""
+
+
+def check_logits(logits: Tensor, rows: Tensor) -> None:
+    """No NaN and no +inf; -inf is a token that the model itself rules out.
+
+    Args:
+        logits: ``(B, V)``.
+        rows: ``(B,)`` the numbers of those rows, for the message.
+
+    Raises:
+        NonFiniteError: Names the rows.
+    """
+    broken = rows[~logits.amax(dim=-1).isfinite()].tolist()
+    if broken:
+        raise NonFiniteError(f"The policy's logits are not finite in rows {broken[:8]} of this process's batch.")
+
+
+def check_gradients(
+    gradients: Mapping[str, Tensor | None], norm: Tensor, stats: Mapping[str, float], iteration: int
+) -> None:
+    """Every loss and the norm of the gradient are finite.
+
+    Args:
+        gradients: By the parameter's name.
+        norm: Their norm.
+        stats: The losses and what was measured beside them.
+        iteration: The PPO iteration, for the message.
+
+    Raises:
+        NonFiniteError: Names the first parameter whose gradient is not finite.
+    """
+    if norm.isfinite() and all(map(math.isfinite, stats.values())):
+        return
+    culprit = next(
+        (n for n, g in gradients.items() if g is not None and not g.isfinite().all()), "none: the loss itself"
+    )
+    raise NonFiniteError(
+        f"Iteration {iteration}: the loss or its gradient is not finite (first parameter: {culprit}; losses: "
+        f"{dict(stats)}). The step was not taken. Lower learning_rate, or look at the rewards of this batch."
+    )

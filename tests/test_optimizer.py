@@ -3,7 +3,8 @@
 import pytest
 
 from lmppo import PPOConfig
-from lmppo.schedule import CriticWarmup, learning_rate_at
+from lmppo.control import CriticWarmup
+from lmppo.optimizer import learning_rate_at
 
 
 def rates(**settings):
@@ -44,14 +45,21 @@ def test_it_never_becomes_negative_beyond_the_end():
         assert [learning_rate_at(i, 1.0, config) for i in (3, 4, 100)] == pytest.approx([0, 0, 0])
 
 
+def frozen(warmup, *explained):
+    """Whether the policy is frozen in each iteration, by how well the critic explained its batch."""
+    for i, variance in enumerate(explained):
+        warmup.update(i, variance)
+        yield not warmup.over
+
+
 def test_the_warm_up_lasts_its_steps():
-    warmup = CriticWarmup(2)
-    assert [warmup.freezes(i, 0.99) for i in range(4)] == [True, True, False, False]
+    assert list(frozen(CriticWarmup(2), 0.99, 0.99, 0.99, 0.99)) == [True, True, False, False]
 
 
 def test_the_warm_up_ends_for_good_once_the_critic_explains_enough():
     warmup = CriticWarmup(9, explained_variance=0.5)
-    assert [warmup.freezes(i, ev) for i, ev in enumerate((-3.0, 0.49, 0.5, -1.0))] == [True, True, False, False]
+    assert list(frozen(warmup, -3.0, 0.49, 0.5, -1.0)) == [True, True, False, False]
     resumed = CriticWarmup(9, explained_variance=0.5)
     resumed.load_state_dict(warmup.state_dict())
-    assert not resumed.freezes(4, -1.0)
+    resumed.update(4, -1.0)
+    assert resumed.over

@@ -24,12 +24,16 @@ from transformers import PreTrainedModel
 
 from lmppo.models import ActorCritic, load_weights
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of run directories and their checkpoints: 2 since kl_form
 _NAME = re.compile(r"step-(\d{6,})")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, or not of this run."""
+
+
+class FormatError(CheckpointError):
+    """A run directory or a checkpoint is whole, and of another version's format."""
 
 
 def checkpoint_dir(output_dir: str | Path, step: int) -> Path:
@@ -194,7 +198,8 @@ def verify_checkpoint(directory: Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        CheckpointError: The directory is no checkpoint, is newer than this lmppo, or a file is missing or changed.
+        FormatError: The checkpoint was made by an earlier or a newer lmppo.
+        CheckpointError: The directory is no checkpoint, or a file is missing or changed.
     """
     try:
         manifest = json.loads((directory / "MANIFEST.json").read_text())
@@ -203,8 +208,7 @@ def verify_checkpoint(directory: Path) -> None:
         raise CheckpointError(
             f"{directory} is no complete checkpoint: MANIFEST.json is missing or unreadable."
         ) from error
-    if version > FORMAT_VERSION:
-        raise CheckpointError(f"{directory} was made by a newer lmppo (format {version}): upgrade lmppo to resume it.")
+    check_format(directory, version)
     try:
         found = _hashes(directory)
     except (OSError, SafetensorError) as error:
@@ -216,6 +220,21 @@ def verify_checkpoint(directory: Path) -> None:
             raise CheckpointError(f"{directory}: {name} is not the file that was saved (its size or SHA-256 differs).")
 
 
+def check_format(path: Path, version: int) -> None:
+    """Refuse what another version's format says.
+
+    Raises:
+        FormatError: It is older or newer than this lmppo's.
+    """
+    if version > FORMAT_VERSION:
+        raise FormatError(f"{path} was made by a newer lmppo (format {version}): upgrade lmppo to resume it.")
+    if version < FORMAT_VERSION:
+        raise FormatError(
+            f"{path} was made by an earlier lmppo (format {version}), which this one cannot continue: choose another "
+            f"output_dir, and start a new run there."
+        )
+
+
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first, by step number; links and foreign directories are not among them."""
     folder = Path(output_dir) / "checkpoints"
@@ -224,11 +243,17 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def newest_valid_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and why each newer one was passed over."""
+    """The newest checkpoint that is whole, and why each newer one was passed over.
+
+    Raises:
+        FormatError: One that would be taken is of another version's format.
+    """
     rejected: list[str] = []
     for candidate in reversed(list_checkpoints(output_dir)):
         try:
             verify_checkpoint(candidate)
+        except FormatError:
+            raise
         except CheckpointError as error:
             rejected.append(str(error))
         else:

@@ -1,4 +1,4 @@
-"""Rollouts kept with a checkpoint: what the update saw of every token, and what became of it; for ``lmppo explain``.
+"""Rollouts kept with a checkpoint: what the update saw of every token, and what became of it.
 
 ``rollouts.safetensors`` holds the numbers, ``rollouts.json`` the texts and the settings. Whatever follows from them (TD
 residuals, ratios, what was clipped) is computed again when it is read, by `lmppo.functional`.
@@ -15,22 +15,59 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lmppo.checkpoint import CheckpointError
+from lmppo.collector import ScoredRollout
 from lmppo.config import PPOConfig, RewardStream
-from lmppo.experience import Experience
 from lmppo.functional import kl_k1, rewards_to_go, td_residuals
 from lmppo.functional.kl import MAX_LOG_RATIO
+from lmppo.records import Experience
 from lmppo.rewards import default_streams
-from lmppo.rollout import ScoredRollout
+from lmppo.run.checkpoint import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 since kl_form
 TENSORS, TEXTS = "rollouts.safetensors", "rollouts.json"
 _BROKEN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
+class SavedStream:
+    """One reward stream of saved completions, in the shapes that the math takes.
+
+    Attributes:
+        name: The stream's name.
+        gamma: Its discount.
+        lam: GAE's lambda.
+        weight: What its reward functions were multiplied by.
+        mask: ``(N, T)`` True on the tokens that count.
+        rewards: ``(N, T)`` what the estimator got: the scores with the penalties.
+        values: ``(N, T)`` the critic before the update, of the state before each token.
+        returns: ``(N, T)`` the critic's targets.
+        after_last: ``(N,)`` the value of the state after the last token, 0 where the episode ended there.
+    """
+
+    name: str
+    gamma: float
+    lam: float
+    weight: float
+    mask: Tensor
+    rewards: Tensor
+    values: Tensor
+    returns: Tensor
+    after_last: Tensor
+
+    @property
+    def td_residuals(self) -> Tensor:
+        """``(N, T)`` one-step temporal differences."""
+        return td_residuals(self.rewards, self.values, self.mask, gamma=self.gamma, bootstrap_values=self.after_last)
+
+    @property
+    def rewards_to_go(self) -> Tensor:
+        """``(N, T)`` discounted sums of the rewards from each token on."""
+        return rewards_to_go(self.rewards, self.mask, gamma=self.gamma, bootstrap_values=self.after_last)
+
+
+@dataclass(frozen=True)
 class SavedRollouts:
-    """Completions as the update saw them, N rows; axes as in :class:`lmppo.experience.Rollout`.
+    """Completions as the update saw them, N rows; axes as in :class:`lmppo.records.Rollout`.
 
     Attributes:
         prompts: The prompts as the model read them, special tokens included.
@@ -51,7 +88,7 @@ class SavedRollouts:
         ref_logprobs: ``(N, T)`` under the reference.
         values: ``(N, T, K)`` the critic before the update, of the state before each token.
         scores: ``(N, T, K)`` what the reward functions gave.
-        kl_penalty: ``(N, T)`` the KL to the reference that the rewards pay for, by ``kl_estimator``.
+        kl_penalty: ``(N, T)`` the KL to the reference that the rewards pay for, by ``kl_form``.
         rewards: ``(N, T, K)`` what the estimator got: the scores with the penalties.
         returns: ``(N, T, K)`` the critic's targets.
         bootstrap_values: ``(N, K)`` the value of the state after the last token, 0 where the episode ended there.
@@ -88,14 +125,30 @@ class SavedRollouts:
         return torch.where(self.mask, kl_k1(self.logprobs, self.ref_logprobs), 0.0)
 
     @property
+    def each_stream(self) -> list[SavedStream]:
+        """The K reward streams, one by one."""
+        numbers = zip(self.streams, self.gammas, self.lams, self.weights, strict=True)
+        return [
+            SavedStream(
+                *facts,
+                mask=self.mask,
+                rewards=self.rewards[..., k],
+                values=self.values[..., k],
+                returns=self.returns[..., k],
+                after_last=self.bootstrap_values[:, k],
+            )
+            for k, facts in enumerate(numbers)
+        ]
+
+    @property
     def td_residuals(self) -> Tensor:
         """``(N, T, K)`` one-step temporal differences of each stream."""
-        return self._per_stream(lambda k, **at: td_residuals(self.rewards[..., k], self.values[..., k], **at))
+        return torch.stack([stream.td_residuals for stream in self.each_stream], dim=-1)
 
     @property
     def rewards_to_go(self) -> Tensor:
-        """``(N, T, K)`` discounted sums of the rewards from each token on."""
-        return self._per_stream(lambda k, **at: rewards_to_go(self.rewards[..., k], **at))
+        """``(N, T, K)`` discounted sums of each stream's rewards from each token on."""
+        return torch.stack([stream.rewards_to_go for stream in self.each_stream], dim=-1)
 
     @property
     def ratio(self) -> Tensor:
@@ -118,13 +171,6 @@ class SavedRollouts:
         if self.settings["dual_clip"] is not None:
             flat |= (self.advantages < 0) & (self.ratio > self.settings["dual_clip"])
         return flat
-
-    def _per_stream(self, compute: Any) -> Tensor:
-        streams = [
-            compute(k, mask=self.mask, gamma=gamma, bootstrap_values=self.bootstrap_values[:, k])
-            for k, gamma in enumerate(self.gammas)
-        ]
-        return torch.stack(streams, dim=-1)
 
 
 def save_rollouts(
@@ -160,7 +206,7 @@ def save_rollouts(
     kept, rollout = slice(rows), scored.rollout
     streams = streams or default_streams(rewards.shape[-1])
     tensors = {
-        "completion_ids": rollout.completion_ids,
+        "completion_ids": rollout.tokens.completion_ids,
         "mask": rollout.completion_mask,
         "learned": experience.completion_mask,
         "ended": rollout.ended,
@@ -184,9 +230,8 @@ def save_rollouts(
             )
     lengths = _shown_lengths(tensors["mask"])
     completions = [ids[:n] for ids, n in zip(tensors["completion_ids"].tolist(), lengths, strict=True)]
-    prompts = [
-        ids[mask].tolist() for ids, mask in zip(rollout.prompt_ids[kept], rollout.prompt_mask[kept], strict=True)
-    ]
+    tokens = rollout.tokens.rows(kept)
+    prompts = [ids[mask].tolist() for ids, mask in zip(tokens.prompt_ids, tokens.prompt_mask, strict=True)]
     texts = {
         "format_version": FORMAT_VERSION,
         "prompts": [_decode(tokenizer, ids) for ids in prompts],
@@ -207,7 +252,7 @@ def load_saved_rollouts(directory: Path) -> SavedRollouts:
     """The rollouts that a checkpoint's directory holds.
 
     Raises:
-        CheckpointError: There are none, they are damaged, or they were made by a newer lmppo.
+        CheckpointError: There are none, they are damaged, or they were made by an earlier or a newer lmppo.
     """
     if not (directory / TEXTS).exists():
         raise CheckpointError(f"{directory} holds no saved rollouts: train with save_rollouts=N to keep N of each.")
@@ -216,6 +261,11 @@ def load_saved_rollouts(directory: Path) -> SavedRollouts:
         version = texts.pop("format_version")
         if version > FORMAT_VERSION:
             raise CheckpointError(f"{directory}: its rollouts were saved by a newer lmppo (format {version}): upgrade.")
+        if version < FORMAT_VERSION:
+            raise CheckpointError(
+                f"{directory}: its rollouts were saved by an earlier lmppo (format {version}), which this one cannot "
+                f"show: use that version, or train again with save_rollouts=N to keep N of each."
+            )
         return SavedRollouts(**texts | load_file(directory / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: {TENSORS} and {TEXTS} are damaged or do not belong together.") from error

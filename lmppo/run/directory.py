@@ -6,7 +6,14 @@ from typing import Any
 
 import yaml
 
-from lmppo.checkpoint import CheckpointError, list_checkpoints, newest_valid_checkpoint, verify_checkpoint
+from lmppo.run.checkpoint import (
+    FORMAT_VERSION,
+    CheckpointError,
+    check_format,
+    list_checkpoints,
+    newest_valid_checkpoint,
+    verify_checkpoint,
+)
 
 # Settings that may differ when a run is continued: they change what is shown and kept, not what is learned.
 FREE_SETTINGS = {
@@ -17,15 +24,29 @@ FREE_SETTINGS = {
 
 
 def read_run_config(output_dir: str | Path) -> dict[str, Any] | None:
-    """What ``run_config.yaml`` says, or None if there is none."""
+    """The settings that ``run_config.yaml`` holds, or None if there are none.
+
+    Raises:
+        FormatError: It was written by an earlier or a newer lmppo.
+        CheckpointError: It is damaged.
+    """
     path = Path(output_dir) / "run_config.yaml"
-    return yaml.safe_load(path.read_text()) if path.exists() else None
+    try:
+        settings = yaml.safe_load(path.read_text()) if path.exists() else None
+        if settings is not None:
+            check_format(Path(output_dir), settings.pop("format_version", 1))  # the first format did not name itself
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: delete it, and pass --resume_from_checkpoint true to go on with the run."
+        ) from error
+    return settings
 
 
 def write_run_config(output_dir: str | Path, settings: dict[str, Any]) -> None:
     """Write ``run_config.yaml``."""
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    (Path(output_dir) / "run_config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    text = yaml.safe_dump({"format_version": FORMAT_VERSION} | settings, sort_keys=False)
+    (Path(output_dir) / "run_config.yaml").write_text(text)
 
 
 def find_resume_point(output_dir: str | Path, resume: str | bool | None, settings: dict[str, Any]) -> Path | None:
@@ -38,10 +59,12 @@ def find_resume_point(output_dir: str | Path, resume: str | bool | None, setting
         settings: The configuration and model of the run that asks.
 
     Raises:
+        FormatError: The directory or the checkpoint was made by an earlier or a newer lmppo.
         CheckpointError: The directory holds another run, or the checkpoint asked for is missing or damaged.
     """
     root = Path(output_dir)
     holds_run = any((root / name).exists() for name in ("metrics.jsonl", "checkpoints", "final"))
+    old = read_run_config(root) if holds_run else None  # another format is refused, however one resumes
     if resume in (None, False, "false", "none"):
         if holds_run:
             raise CheckpointError(
@@ -52,7 +75,7 @@ def find_resume_point(output_dir: str | Path, resume: str | bool | None, setting
     if resume not in (True, "true", "auto"):
         return _explicit(root, Path(str(resume)))
     if resume == "auto" and holds_run:
-        _refuse_another_run(root, settings)
+        _refuse_another_run(root, old, settings)
     point, rejected = newest_valid_checkpoint(root)
     for reason in rejected:
         print(f"Passed over a damaged checkpoint. {reason}")
@@ -82,8 +105,7 @@ def _explicit(root: Path, path: Path) -> Path:
     return path
 
 
-def _refuse_another_run(root: Path, settings: dict[str, Any]) -> None:
-    old = read_run_config(root)
+def _refuse_another_run(root: Path, old: dict[str, Any] | None, settings: dict[str, Any]) -> None:
     if old is None:
         raise CheckpointError(
             f"output_dir={str(root)!r} is not empty and holds no run_config.yaml: choose another one."

@@ -1,7 +1,10 @@
-"""Coefficients of KL penalties, fixed or adapted to a target: to the reference policy, and to the old policy."""
+"""What adapts from one iteration to the next: the coefficients of the two KL penalties, and the critic's warm-up."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from lmppo.config import PPOConfig
 
 
 @dataclass
@@ -103,3 +106,76 @@ class AdaptiveBeta:
         """Continue from a saved beta; a fixed one is what the configuration says now."""
         if self.target is not None:
             self.coef = float(state["coef"])
+
+
+@dataclass
+class CriticWarmup:
+    """The first iterations, in which the policy is frozen and only the critic learns (VC-PPO, arXiv 2503.01491).
+
+    Args:
+        steps: Iterations it lasts at most.
+        explained_variance: It ends once the critic explains this share of a batch's Monte-Carlo returns. None: it lasts
+            all its steps.
+    """
+
+    steps: int
+    explained_variance: float | None = None
+    over: bool = False
+
+    def update(self, iteration: int, explained_variance: float) -> None:
+        """End the warm-up before the update of this iteration, if its time is up or the critic explained enough."""
+        enough = self.explained_variance is not None and explained_variance >= self.explained_variance
+        self.over = self.over or enough or iteration >= self.steps
+
+    def state_dict(self) -> dict[str, bool]:
+        """What a resumed run needs."""
+        return {"over": self.over}
+
+    def load_state_dict(self, state: dict[str, bool]) -> None:
+        """Continue from a saved state."""
+        self.over = bool(state["over"])
+
+
+class Control:
+    """All that adapts in a run.
+
+    Attributes:
+        kl: The coefficient of the KL to the reference.
+        beta: The price of the KL to the old policy, with ``objective='kl_penalty'``.
+        warmup: The first iterations, in which only the critic learns.
+    """
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.kl: FixedKL | AdaptiveKL = FixedKL(config.kl_coef)
+        if config.kl_target is not None:
+            self.kl = AdaptiveKL(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+        self.beta = AdaptiveBeta(config.policy_kl_coef, config.policy_kl_target)
+        self.warmup = CriticWarmup(config.critic_warmup_steps, config.critic_warmup_explained_variance)
+
+    @property
+    def policy_frozen(self) -> bool:
+        """Whether only the critic learns now."""
+        return not self.warmup.over
+
+    def update(self, row: dict[str, float], n_completions: int) -> None:
+        """Adapt to what an iteration measured; beta only where the policy moved and its KL was measured.
+
+        Args:
+            row: The iteration's metrics: ``kl_to_ref``, and ``policy_kl`` with ``objective='kl_penalty'``.
+            n_completions: Completions of the iteration.
+
+        Raises:
+            ValueError: A KL is not finite.
+        """
+        self.kl.update(row["kl_to_ref"], n_completions)
+        if "policy_kl" in row:
+            self.beta.update(row["policy_kl"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {name: part.state_dict() for name, part in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        for name, part in vars(self).items():
+            part.load_state_dict(state[name])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lmppo.kl_control import AdaptiveBeta, AdaptiveKL, FixedKL
+from lmppo.control import AdaptiveBeta, AdaptiveKL, FixedKL
 
 
 def test_a_fixed_coefficient_stays():

@@ -1,10 +1,30 @@
-"""The learning rate as a pure function of the iteration: nothing to save, nothing to step twice."""
+"""AdamW, and the learning rate as a pure function of the iteration: nothing to save, nothing to step twice."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lmppo.config import PPOConfig
+from lmppo.models import ActorCritic
+
+
+def make_optimizer(model: ActorCritic, args: PPOConfig) -> torch.optim.AdamW:
+    """AdamW with the policy's parameters in one group and the critic's own in another.
+
+    Raises:
+        ValueError: Every parameter of the policy is frozen.
+    """
+    groups = [{"params": model.policy_parameters()}, {"params": model.critic_parameters()}]
+    if not groups[0]["params"]:
+        raise ValueError(
+            "The policy has no trainable parameters. Load an adapter with PeftModel.from_pretrained(..., "
+            "is_trainable=True), and give the reference as a model of its own, not the policy itself."
+        )
+    betas = (args.adam_beta1, args.adam_beta2)
+    return torch.optim.AdamW(
+        groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay
+    )
 
 
 def learning_rate_at(iteration: int, base: float, config: PPOConfig) -> float:
@@ -35,32 +55,3 @@ def set_learning_rates(optimizer: Any, iteration: int, config: PPOConfig) -> tup
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     return rates[0], rates[1]
-
-
-@dataclass
-class CriticWarmup:
-    """The first iterations, in which the policy is frozen and only the critic learns (VC-PPO, arXiv 2503.01491).
-
-    Args:
-        steps: Iterations it lasts at most.
-        explained_variance: It ends once the critic explains this share of a batch's Monte-Carlo returns. None: it lasts
-            all its steps.
-    """
-
-    steps: int
-    explained_variance: float | None = None
-    over: bool = False
-
-    def freezes(self, iteration: int, explained_variance: float) -> bool:
-        """Whether the policy is frozen in this iteration, whose batch the critic explained so well."""
-        enough = self.explained_variance is not None and explained_variance >= self.explained_variance
-        self.over = self.over or enough or iteration >= self.steps
-        return not self.over
-
-    def state_dict(self) -> dict[str, bool]:
-        """What a resumed run needs."""
-        return {"over": self.over}
-
-    def load_state_dict(self, state: dict[str, bool]) -> None:
-        """Continue from a saved state."""
-        self.over = bool(state["over"])

@@ -1,7 +1,4 @@
-"""``lmppo explain``: the completions kept with a checkpoint, token by token, as a page, a table or JSON.
-
-A critic gives each token a value, and so an advantage of its own: this is where one can look at them.
-"""
+"""The report of saved rollouts: each token's numbers with their meanings, as JSON values, as tables, or for the page."""
 
 import json
 import math
@@ -13,16 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lmppo.checkpoint import CheckpointError, checkpoint_dir, list_checkpoints
-from lmppo.explain_page import cell, in_one_line, label, render_page, stream_facts
-from lmppo.saved_rollouts import TEXTS, SavedRollouts, load_saved_rollouts
-
-FORMATS = ("html", "table", "json")
+from lmppo.explain.page import cell, in_one_line, label, render_page, stream_facts
+from lmppo.explain.saved import TEXTS, SavedRollouts, load_saved_rollouts
+from lmppo.run.checkpoint import CheckpointError, checkpoint_dir, list_checkpoints
 
 # Settings worth seeing beside the numbers they made, where a run has them.
 _SHOWN_SETTINGS = (
     "estimator", "baseline", "gamma", "lam", "critic_lam", "adaptive_lam_alpha", "whiten_advantages", "objective",
-    "clip_range", "clip_range_high", "dual_clip", "kl_coef", "kl_estimator", "kl_placement", "truncation", "temperature",
+    "clip_range", "clip_range_high", "dual_clip", "kl_coef", "kl_form", "truncation", "temperature",
     "ppo_epochs", "learning_rate",
 )  # fmt: skip
 
@@ -145,8 +140,8 @@ def make_report(saved: SavedRollouts, checkpoint: Path, rows: list[int] | None =
             if saved.settings.get(name) is not None and (with_lam or name != "lam")
         },
         "streams": {
-            name: {"gamma": gamma} | ({"lam": lam} if with_lam else {}) | {"weight": weight}
-            for name, gamma, lam, weight in zip(saved.streams, saved.gammas, saved.lams, saved.weights, strict=True)
+            stream.name: {"gamma": stream.gamma} | ({"lam": stream.lam} if with_lam else {}) | {"weight": stream.weight}
+            for stream in saved.each_stream
         },
         "columns": {name: meaning for name, (meaning, _) in columns.items()},
         "completions": completions,
@@ -232,13 +227,13 @@ def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
             saved.clipped,
         ),
     }
-    if saved.settings["kl_estimator"] != "k1":
-        columns["kl_penalty"] = ("the KL that the reward pays for, by kl_estimator", saved.kl_penalty)
-    for k, name in enumerate(saved.streams if several else []):
-        alone = f"of the stream {name!r} alone, its weight included"
-        for quantity, numbers in (("reward", saved.rewards), ("value", saved.values), ("return", saved.returns)):
-            columns[f"{quantity} {name}"] = (f"{quantity} {alone}", numbers[..., k])
-        columns[f"td {name}"] = (f"TD residual {alone}", saved.td_residuals[..., k])
+    if saved.settings["kl_form"] != "k1_reward":
+        columns["kl_penalty"] = ("the KL to the reference, as kl_form measures it", saved.kl_penalty)
+    for stream in saved.each_stream if several else []:
+        alone = f"of the stream {stream.name!r} alone, its weight included"
+        for quantity, numbers in (("reward", stream.rewards), ("value", stream.values), ("return", stream.returns)):
+            columns[f"{quantity} {stream.name}"] = (f"{quantity} {alone}", numbers)
+        columns[f"td {stream.name}"] = (f"TD residual {alone}", stream.td_residuals)
     return columns
 
 

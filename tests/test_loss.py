@@ -7,9 +7,9 @@ import torch
 from builders import assert_same, critic_of, gpt2, make_trainer, row_alone, trained, weights
 from test_update import ACCELERATOR, ROWS, config, setting, state_of, update
 
+from lmppo.loss import Penalties, ppo_loss
 from lmppo.models import ActorCritic, Reference
-from lmppo.objectives import Penalties
-from lmppo.update import Learns, epochs_of, logprobs_now, ppo_loss, ppo_update
+from lmppo.update import logprobs_now, ppo_update
 
 CLIP = {"clip_range": 0.1, "clip_range_high": 0.3}
 
@@ -20,8 +20,8 @@ def tokens(model, experience):
     for row in range(len(ROWS)):
         mask = experience.completion_mask[row]
         n_read = int(mask.nonzero().max()) + 1
-        prompt = experience.prompt_ids[row][experience.prompt_mask[row]]
-        completion = experience.completion_ids[row, :n_read]
+        prompt = experience.tokens.prompt_ids[row][experience.tokens.prompt_mask[row]]
+        completion = experience.tokens.completion_ids[row, :n_read]
         logits, _ = row_alone(model, prompt, completion)
         now = logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
         found += [
@@ -55,42 +55,42 @@ def test_each_objective_is_its_definition(name):
     dual = {"dual_clip": 1.2} if name == "dual clip" else {}
     settings = config(objective="clip" if dual else name, **CLIP, **whole, **dual)
     count = int(experience.completion_mask.sum())
-    loss, _ = ppo_loss(model, experience, settings, Learns(True, False), Penalties(beta=0.7), token_count=count)
+    loss, _ = ppo_loss(model, experience, settings, Penalties(beta=0.7), heads=["logits"], token_count=count)
     expected = [objective_by_definition(name, now, old, a) for now, old, a, _ in tokens(model, experience)]
     assert loss.item() == pytest.approx(sum(expected) / count, abs=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:kl_estimator")
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
-def test_a_sampled_kl_in_the_loss_is_its_definition(estimator):
+@pytest.mark.filterwarnings("ignore:kl_form")
+@pytest.mark.parametrize("form", ["k2_loss", "k3_loss", "k3_both"])
+def test_a_sampled_kl_in_the_loss_is_its_definition(form):
     model, experience = setting()
-    settings = config(kl_estimator=estimator, kl_placement="loss", **CLIP)
+    settings = config(kl_form=form, **CLIP)
     count = int(experience.completion_mask.sum())
-    alone, _ = ppo_loss(model, experience, settings, Learns(True, False), token_count=count)
-    with_kl, sums = ppo_loss(
-        model, experience, settings, Learns(True, False), Penalties(kl_coef=0.4), token_count=count
-    )
+    alone, _ = ppo_loss(model, experience, settings, Penalties(), heads=["logits"], token_count=count)
+    with_kl, sums = ppo_loss(model, experience, settings, Penalties(kl_coef=0.4), heads=["logits"], token_count=count)
     differences = [now - ref for now, _, _, ref in tokens(model, experience)]
-    per_token = {"k1": lambda d: d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d}[estimator]
+    per_token = {"k2": lambda d: d * d / 2, "k3": lambda d: math.exp(-d) - 1 + d}[form.partition("_")[0]]
     expected = sum(map(per_token, differences))
     assert sums["kl_loss"].item() == pytest.approx(expected, abs=1e-3)
     assert (with_kl - alone).item() == pytest.approx(0.4 * expected / count, abs=1e-5)
 
 
-def test_the_exact_kl_in_the_loss_is_the_sum_over_the_vocabulary():
+@pytest.mark.filterwarnings("ignore:kl_form")
+@pytest.mark.parametrize("form", ["exact_both", "exact_loss"])
+def test_the_exact_kl_in_the_loss_is_the_sum_over_the_vocabulary(form):
     model, experience = setting()
     other = gpt2(seed=6)
-    settings = config(kl_estimator="exact", kl_placement="both", temperature=0.7)
+    settings = config(kl_form=form, temperature=0.7)
     count = int(experience.completion_mask.sum())
     penalties = Penalties(kl_coef=0.4, reference=Reference(model.policy, other))
-    _, sums = ppo_loss(model, experience, settings, Learns(True, False), penalties, token_count=count)
+    _, sums = ppo_loss(model, experience, settings, penalties, heads=["logits"], token_count=count)
     expected = 0.0
     for row in range(len(ROWS)):
         mask = experience.completion_mask[row]
         n_read = int(mask.nonzero().max()) + 1
         prompt, completion = (
-            experience.prompt_ids[row][experience.prompt_mask[row]],
-            experience.completion_ids[row, :n_read],
+            experience.tokens.prompt_ids[row][experience.tokens.prompt_mask[row]],
+            experience.tokens.completion_ids[row, :n_read],
         )
         p, q = ((row_alone(m, prompt, completion)[0] / 0.7).softmax(-1) for m in (model, ActorCritic(other)))
         expected += (p * (p / q).log()).sum(-1)[mask[:n_read]].sum().item()
@@ -113,9 +113,26 @@ def test_the_exact_kl_in_the_loss_is_the_sum_over_the_vocabulary():
     ],
     ids=str,
 )
-def test_who_learns_in_which_epoch(settings, frozen, policy, critic):
-    epochs = epochs_of(config(**settings), policy_frozen=frozen)
-    assert [int(e.policy) for e in epochs] == policy and [int(e.critic) for e in epochs] == critic
+def test_who_learns_in_which_epoch(settings, frozen, policy, critic, monkeypatch):
+    """By the heads that are asked for in each minibatch; TRPO's own passes ask for none."""
+    model, experience = setting()
+    seen = []
+    forward = ActorCritic.forward
+
+    def spy(self, tokens, heads=("logits", "values")):
+        seen.append([int("logits" in heads), int("values" in heads)])
+        return forward(self, tokens, heads)
+
+    monkeypatch.setattr(ActorCritic, "forward", spy)
+    update(
+        model,
+        experience,
+        minibatch_size=12,
+        micro_batch_size=12,
+        **({"critic_warmup_steps": 1} if frozen else {}) | settings,
+    )
+    epochs = [heads for heads in zip(policy, critic, strict=True) if any(heads)]
+    assert seen == [list(heads) for heads in epochs]
 
 
 @pytest.mark.parametrize("kind", ["shared", "separate", "lora"])
@@ -185,11 +202,14 @@ def test_beta_answers_to_the_kl_of_the_whole_update(tmp_path):
     """Not to the mean over its minibatches, the first of which is taken at KL 0."""
     settings = {"objective": "kl_penalty", "max_steps": 1, "ppo_epochs": 4}
     free = make_trainer(tmp_path / "free", policy_kl_target=None, **settings)
-    row = free.step(0)
-    rollout, seen = free.newest["scored"].rollout, free.newest["experience"]
+    row = free.step()
+    rollout, seen = free.newest.scored.rollout, free.newest.experience
     total, count = 0.0, 0
     for i, mask in enumerate(rollout.completion_mask):
-        prompt, completion = rollout.prompt_ids[i][rollout.prompt_mask[i]], rollout.completion_ids[i][mask]
+        prompt, completion = (
+            rollout.tokens.prompt_ids[i][rollout.tokens.prompt_mask[i]],
+            rollout.tokens.completion_ids[i][mask],
+        )
         logits, _ = row_alone(free.actor_critic, prompt, completion)
         now = logits.log_softmax(-1).gather(-1, completion[:, None])[:, 0]
         d = now - seen.old_logprobs[i][mask]
@@ -198,8 +218,8 @@ def test_beta_answers_to_the_kl_of_the_whole_update(tmp_path):
     assert row["policy_kl"] > 1.2 * row["approx_kl"]
     target = (row["policy_kl"] * row["approx_kl"]) ** 0.5 / 1.5  # 1.5 times it lies between the two
     adapted = make_trainer(tmp_path / "adapted", policy_kl_target=target, **settings)
-    adapted.step(0)
-    assert adapted.beta.coef == 2 * free.beta.coef
+    adapted.step()
+    assert adapted.control.beta.coef == 2 * free.control.beta.coef
 
 
 def good_prompts(prompts, completions, **kwargs):
@@ -238,10 +258,8 @@ def test_a_penalty_in_the_loss_has_the_advantages_unit(tmp_path, monkeypatch, wh
         return ppo_update(model, optimizer, experience, config, accelerator, **kwargs)
 
     monkeypatch.setattr("lmppo.trainer.ppo_update", spy)
-    trainer = make_trainer(
-        tmp_path, kl_estimator="exact", kl_placement="both", kl_coef=0.3, max_steps=1, whiten_advantages=whiten
-    )
-    row = trainer.step(0)
+    trainer = make_trainer(tmp_path, kl_form="exact_both", kl_coef=0.3, max_steps=1, whiten_advantages=whiten)
+    row = trainer.step()
     deviation = row["advantage/std"] if whiten else 1.0
     assert seen["penalties"].kl_coef == pytest.approx(0.3 / deviation, rel=1e-4)
     assert seen["penalties"].reference is trainer.reference

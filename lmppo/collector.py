@@ -1,0 +1,227 @@
+"""The rollout: sample completions, score them, and measure them under the reference.
+
+Every process samples and scores its own rows; the record is then gathered, so that every process holds the whole batch
+and the math after it (advantages, whitening, metrics) is the same everywhere and needs no further communication.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from lmppo.config import PPOConfig
+from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3
+from lmppo.models import ActorCritic, Reference, score_tokens
+from lmppo.prompts import PromptBatch, is_conversational, pad_left
+from lmppo.records import Rollout, Samples, Tokens
+from lmppo.rewards import RewardSet, Scores
+from lmppo.sampling import ROLLOUT, SamplingParams, sample, uniform_noise
+from lmppo.support import Support
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with what people want to see of it.
+
+    Attributes:
+        rollout: The record the math works on.
+        prompts: The prompts, one per completion.
+        completions: The completions' texts.
+        function_names: The names of the F reward functions.
+        per_function: ``(B, F)`` each reward function's score, NaN where it did not apply.
+        metrics: What reward functions logged with ``log_metric``, averaged over processes.
+        extras: Columns that reward functions logged with ``log_extra``.
+    """
+
+    rollout: Rollout
+    prompts: list
+    completions: list[str]
+    function_names: list[str]
+    per_function: Tensor
+    metrics: dict[str, float]
+    extras: dict[str, list]
+
+
+def local_rows(n_rows: int, accelerator: Accelerator) -> range:
+    """The rows of a global batch that this process samples."""
+    share = n_rows // accelerator.num_processes
+    return range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+
+
+class Collector:
+    """What turns prompts into scored rollouts; made once for a run.
+
+    Args:
+        model: Policy and critic, as prepared by the accelerator.
+        reference: The reference policy.
+        rewards: The reward functions.
+        tokenizer: The policy's tokenizer.
+        params: The distribution to sample.
+        config: Gives ``seed``, ``micro_batch_size``, ``kl_form`` and ``truncation``.
+        accelerator: Tells the processes apart.
+        trainer_state: Handed to the reward functions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        reference: Reference,
+        rewards: RewardSet,
+        tokenizer: Any,
+        params: SamplingParams,
+        config: PPOConfig,
+        accelerator: Accelerator,
+        trainer_state: Any = None,
+    ) -> None:
+        self.actor_critic: ActorCritic = accelerator.unwrap_model(model)
+        self.reference = reference
+        self.rewards = rewards
+        self.tokenizer = tokenizer
+        self.params = params
+        self.config = config
+        self.accelerator = accelerator
+        self.trainer_state = trainer_state
+
+    def collect(self, prompts: PromptBatch, iteration: int, *, purpose: int = ROLLOUT) -> ScoredRollout:
+        """Sample one completion for each prompt of a global batch, score it, and gather the whole record.
+
+        Args:
+            prompts: The global batch; this process works on its share.
+            iteration: The PPO iteration, which picks the sampling noise.
+            purpose: ``ROLLOUT`` or ``EVALUATION``, which picks the sampling noise as well.
+
+        Raises:
+            RewardError: A reward function raised; on every process, whichever it happened on.
+            ValueError: A reward function returned something unusable; likewise.
+            NonFiniteError: The policy's logits are not finite.
+        """
+        rows = local_rows(len(prompts), self.accelerator)
+        width = max(len(ids) for ids in prompts.input_ids)
+        mine = prompts.rows(rows)
+        prompt_ids, prompt_mask = (x.to(self.accelerator.device) for x in pad_left(mine.input_ids, width))
+        noise = uniform_noise(self.config.seed, iteration, rows, self.params.max_completion_length, purpose=purpose)
+        with self.accelerator.autocast():
+            samples = sample(self.actor_critic, prompt_ids, prompt_mask, noise, self.params)
+            if self.accelerator.mixed_precision != "no":  # the sampler's matrix shapes round differently
+                samples = replace(samples, logprobs=self._score_tokens(self.actor_critic.logits, samples))
+            ref_logprobs = self._score_tokens(self.reference.logits, samples)
+            kl_penalty = self._kl_penalty(samples, ref_logprobs)
+            bootstrap_values = self._bootstrap_values(samples)
+        scores = self._score(mine, samples)
+        rollout = Rollout(
+            tokens=samples.tokens,
+            logprobs=samples.logprobs,
+            ref_logprobs=ref_logprobs,
+            values=samples.values,
+            scores=scores.token_scores.to(self.accelerator.device),
+            kl_penalty=kl_penalty,
+            bootstrap_values=bootstrap_values,
+            ended=samples.ended,
+            max_logit=samples.max_logit,
+            support=self._compact(samples),
+        )
+        rollout = gather_rows(rollout, self.accelerator)
+        return ScoredRollout(
+            rollout=rollout,
+            prompts=prompts.prompts,
+            completions=decode_completions(self.tokenizer, rollout.tokens),
+            function_names=self.rewards.names,
+            per_function=self.accelerator.gather(scores.per_function.to(self.accelerator.device)).cpu(),
+            metrics=_average([scores.metrics], self.accelerator),
+            extras=_join([scores.extras], self.accelerator),
+        )
+
+    def _score_tokens(self, logits_of: Any, samples: Samples) -> Tensor:
+        return score_tokens(logits_of, samples, self.params.temperature, self.config.micro_batch_size)
+
+    @torch.no_grad()
+    def _kl_penalty(self, samples: Samples, ref_logprobs: Tensor) -> Tensor:
+        """``(B, T)`` the KL to the reference per token, by the configured estimator; the exact one by micro-batches."""
+        if self.config.kl_measure != "exact":
+            estimator = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[self.config.kl_measure]
+            return torch.where(samples.completion_mask, estimator(samples.logprobs, ref_logprobs), 0.0)
+
+        def exact(micro: Samples) -> Tensor:
+            logits, ref_logits = self.actor_critic.logits(micro.tokens), self.reference.logits(micro.tokens)
+            return exact_kl(logits, ref_logits, temperature=self.params.temperature, support=micro.support.allowed())
+
+        return samples.per_token(exact, micro_batch_size=self.config.micro_batch_size)
+
+    @torch.no_grad()
+    def _bootstrap_values(self, samples: Samples) -> Tensor:
+        """``(B, K)`` values of the last states of the rows that were cut, if asked; one more pass, of those only."""
+        result = samples.values.new_zeros(len(samples), samples.values.shape[-1])
+        cut = ~samples.ended
+        if self.config.truncation == "bootstrap" and cut.any():
+            micros = samples.rows(cut).micro_batches(self.config.micro_batch_size)
+            result[cut] = torch.cat([self.actor_critic.last_values(micro.tokens) for _, micro in micros])
+        return result
+
+    def _compact(self, samples: Samples) -> Support:
+        """The support in the form that takes least memory, the same form on every process."""
+        largest = self.accelerator.gather(samples.support.largest_lists(samples.completion_mask).unsqueeze(0))
+        n_kept, n_dropped = largest.amax(dim=0).tolist()
+        return samples.support.compact(n_kept, n_dropped)
+
+    def _score(self, mine: PromptBatch, samples: Samples) -> Scores:
+        """Score this process's rows; an error on one process is raised on all, before anyone waits for the others."""
+        texts = decode_completions(self.tokenizer, samples.tokens)
+        completions: list[Any] = [
+            [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
+            for prompt, text in zip(mine.prompts, texts, strict=True)
+        ]
+        error: Exception | None = None
+        try:
+            scores = self.rewards.score(
+                mine.prompts,
+                completions,
+                samples.tokens.counted_ids(),
+                mine.columns,
+                self.trainer_state,
+                samples.completion_mask.shape[1],
+            )
+        except Exception as caught:
+            error = caught
+        failures = [f"process {self.accelerator.process_index}: {error}"] if error is not None else []
+        if self.accelerator.num_processes > 1:
+            failures = gather_object(failures)
+        if error is not None:
+            raise error
+        if failures:
+            raise RuntimeError(f"Scoring failed on another process. {failures[0]}")
+        return scores
+
+
+def decode_completions(tokenizer: Any, tokens: Tokens) -> list[str]:
+    """The counted tokens as text, special tokens left out."""
+    return tokenizer.batch_decode(tokens.counted_ids(), skip_special_tokens=True)
+
+
+def gather_rows(rollout: Rollout, accelerator: Accelerator) -> Rollout:
+    """The rows of all processes, in the order of the global batch."""
+    if accelerator.num_processes == 1:
+        return rollout
+
+    def gather(tensor: Tensor, _: tuple[str, ...]) -> Tensor:
+        rows = accelerator.gather(tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous())
+        return rows.to(tensor.dtype)
+
+    return rollout.map(gather)
+
+
+def _average(metrics: list[dict[str, float]], accelerator: Accelerator) -> dict[str, float]:
+    if accelerator.num_processes > 1:
+        metrics = gather_object(metrics)
+    names = sorted({name for row in metrics for name in row})
+    return {n: sum(row[n] for row in metrics if n in row) / sum(n in row for row in metrics) for n in names}
+
+
+def _join(extras: list[dict[str, list]], accelerator: Accelerator) -> dict[str, list]:
+    if accelerator.num_processes > 1:
+        extras = gather_object(extras)
+    return {
+        name: [value for row in extras for value in row[name]] for name in extras[0] if all(name in r for r in extras)
+    }

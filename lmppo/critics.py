@@ -1,0 +1,221 @@
+"""A critic that is a model of its own: loading it, and whether it reads the policy's tokens.
+
+Such a critic is fed the policy's token ids. Whether it understands them is decided by what the ids stand for, never by how
+many there are: a tokenizer of another family may be of any size.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import distributed, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import logging as hf_logging
+
+from lmppo.config import PPOConfig
+from lmppo.models import ActorCritic, load_weights
+
+AUTO = "auto:"
+
+
+@dataclass(frozen=True)
+class _Match:
+    """Whether a critic reads the policy's tokens: it does, unless one of the two texts says why not."""
+
+    name: str
+    unknown: str = ""  # why the tokens could not be compared
+    difference: str = ""  # what the critic would misread
+
+    def check(self) -> None:
+        """Refuse a critic that is known to read other tokens."""
+        if self.difference:
+            raise ValueError(
+                f"critic {self.name!r} does not read the policy's tokens: {self.difference}. Leave critic out to share "
+                f"the policy's trunk, write '{AUTO}{self.name}' to use it only where it fits, or train one with the "
+                f"policy's tokenizer."
+            )
+
+
+def load_critic(
+    critic: str | Path | PreTrainedModel, policy: Any, n_streams: int = 1, *, tokenizer: Any = None
+) -> PreTrainedModel | None:
+    """A critic of its own: a token-classification model with one label per stream.
+
+    A name may also be that of a sequence-classification (reward) model: its value of a prefix is then, at first, the
+    reward it would give that prefix (one label: the logit; two: the log-odds of the second). A language model's trunk
+    gets a new head, which starts at zero.
+
+    The two tokenizers must map the same tokens to the same ids; the critic's may have more added tokens, such as one for
+    padding. It is the one beside the critic's weights. Where one of the two cannot be found, the sizes of the embeddings
+    decide.
+
+    Args:
+        critic: A model, a directory or a Hub id. ``"auto:<directory or id>"`` asks for it only if its tokens are known
+            to be the policy's, and says on the main process what was decided.
+        policy: The policy.
+        n_streams: Number of reward streams.
+        tokenizer: The policy's (default: the one beside its weights).
+
+    Returns:
+        The critic in float32, or None: ``auto:``, and its tokens are not known to be the policy's.
+
+    Raises:
+        OSError: The critic cannot be loaded, also with ``auto:``.
+        ValueError: Its labels or its vocabulary do not fit.
+    """
+    if not isinstance(critic, str | Path):
+        name = _name_of(critic)
+        match = _compare(policy, tokenizer, _tokenizer_at(name, may_download=False), name)
+        match.check()
+        return _checked(critic, policy, n_streams, match)
+    name = str(critic).removeprefix(AUTO)
+    config = load_weights_config(name)  # first of all: with `auto:` too, a name that leads nowhere is an error
+    match = _compare(policy, tokenizer, _tokenizer_at(name, may_download=True), name)
+    if not str(critic).startswith(AUTO):
+        match.check()
+        return _checked(_load_critic_weights(name, config, n_streams), policy, n_streams, match)
+    if match.unknown or match.difference:
+        _print_once(f"Critic: a value head on the policy's trunk, not {name!r}: {match.unknown or match.difference}.")
+        return None
+    loaded = _checked(_load_critic_weights(name, config, n_streams), policy, n_streams, match)
+    _print_once(f"Critic: {name!r}, which reads the policy's tokens.")
+    return loaded
+
+
+def load_weights_config(name: str) -> Any:
+    """The configuration behind a name, with the same message as :func:`load_weights` when there is none.
+
+    Raises:
+        OSError: There is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(f"Could not load a model configuration from {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _tokenizer_at(name: str, *, may_download: bool) -> Any:
+    """The tokenizer behind a name; None if there is none."""
+    if not name:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not may_download, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, ImportError):  # the last two: of families that need more than a file
+        return None
+    # Without a file of tokens, transformers makes a tokenizer of the special tokens alone.
+    return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
+
+
+def _compare(policy: Any, tokenizer: Any, its_tokenizer: Any, name: str) -> _Match:
+    if tokenizer is None:
+        tokenizer = _tokenizer_at(_name_of(policy), may_download=False)
+    if tokenizer is None or its_tokenizer is None:
+        missing = "the policy has no tokenizer" if tokenizer is None else f"no tokenizer can be loaded from {name!r}"
+        return _Match(name, unknown=f"their tokens could not be compared, as {missing}")
+    return _Match(name, difference=_difference(tokenizer.get_vocab(), its_tokenizer))
+
+
+def _difference(tokens: dict[str, int], its_tokenizer: Any) -> str:
+    """What the critic would misread, with an example or two; empty if nothing."""
+    its_tokens = its_tokenizer.get_vocab()
+    misread = sorted((i, token) for token, i in tokens.items() if its_tokens.get(token) != i)
+    if misread:
+        count = f"{len(misread)} of the policy's {len(tokens)} tokens have another id in its tokenizer, or none"
+        shown = [f"{token!r} is {i}, and {its_tokens.get(token, 'unknown')} there" for i, token in misread[:2]]
+        return f"{count} ({'; '.join(shown)})"
+    more = sorted(set(its_tokens) - set(tokens) - set(its_tokenizer.get_added_vocab()), key=its_tokens.get)
+    if more:
+        shown = [repr(token) for token in more[:2]]
+        return f"its tokenizer cuts text into {len(more)} tokens that the policy's lacks ({', '.join(shown)})"
+    return ""
+
+
+def _checked(critic: Any, policy: Any, n_streams: int, match: _Match) -> PreTrainedModel:
+    """The critic in float32, if its labels and the size of its vocabulary fit."""
+    if getattr(critic.config, "num_labels", None) != n_streams:
+        raise ValueError(f"critic has {critic.config.num_labels} labels; expected {n_streams}, one per reward stream.")
+    n_vocab, n_policy = critic.get_input_embeddings().num_embeddings, policy.get_input_embeddings().num_embeddings
+    if n_vocab < n_policy:
+        raise ValueError(
+            f"critic knows {n_vocab} tokens and the policy {n_policy}: they must share the tokenizer. Train the "
+            f"critic's model with the policy's tokenizer, or leave critic out to share the policy's trunk."
+        )
+    if match.unknown and n_vocab != n_policy:
+        _print_once(f"Critic: it knows {n_vocab} tokens and the policy {n_policy}; {match.unknown}.")
+    return critic.float()
+
+
+def _name_of(model: Any) -> str:
+    return str(getattr(model.config, "_name_or_path", ""))
+
+
+def _print_once(line: str) -> None:
+    """Print on the main process alone."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
+        print(line, flush=True)
+
+
+def _load_critic_weights(name: str, config: Any, n_streams: int) -> PreTrainedModel:
+    architectures = config.architectures or [""]
+    if "ForTokenClassification" in architectures[0] and config.num_labels != n_streams:
+        raise ValueError(
+            f"critic {name!r} has {config.num_labels} labels; expected {n_streams}, one per reward stream."
+        )
+    config.problem_type, config.num_labels = "regression", n_streams  # a classifier's own is refused with one label
+    with _no_load_report():  # it would call the head new, which is what is wanted
+        critic = load_weights(AutoModelForTokenClassification, name, config=config, ignore_mismatched_sizes=True)
+    if "ForTokenClassification" in architectures[0]:
+        return critic
+    head = next(m for n, m in critic.named_modules() if n in ("score", "classifier"))
+    nn.init.zeros_(head.weight)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    if "ForSequenceClassification" in architectures[0]:
+        scorer = load_weights(AutoModelForSequenceClassification, name)
+        if n_streams == 1 and scorer.config.num_labels <= 2 and hasattr(scorer, "score"):
+            weight = scorer.score.weight.data
+            head.weight.data.copy_(weight[-1:] - weight[:1] if len(weight) == 2 else weight)
+    return critic
+
+
+@contextlib.contextmanager
+def _no_load_report() -> Iterator[None]:
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
+
+
+def make_actor_critic(
+    policy: Any, critic: Any, args: PPOConfig, tokenizer: Any = None, *, n_streams: int
+) -> ActorCritic:
+    """Policy and critic; without a use for the critic its head stays as it is.
+
+    Args:
+        policy: A causal language model.
+        critic: None for a value head on the policy's trunk, or as in :func:`load_critic`.
+        args: The configuration.
+        tokenizer: The policy's.
+        n_streams: Number of reward streams.
+
+    Raises:
+        ValueError: A critic is given, and the baseline uses none; or its labels or vocabulary do not fit.
+        OSError: The critic cannot be loaded.
+    """
+    if critic is not None and not args.uses_critic:
+        raise ValueError(f"baseline={args.baseline!r} uses no critic: leave critic out, or set baseline='critic'.")
+    own = None if critic is None else load_critic(critic, policy, n_streams, tokenizer=tokenizer)
+    model = ActorCritic(policy, own, n_streams)
+    if not args.uses_critic:
+        model.value_head.requires_grad_(False)
+    return model

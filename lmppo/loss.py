@@ -1,0 +1,178 @@
+"""The loss of the update: the policy's terms, the critic's, and the sums over tokens that are reported of them.
+
+``clip`` (PPO), ``kl_penalty`` (PPO's other form), ``importance_sampled`` (no bound on how far the policy moves) and
+``policy_gradient`` (no ratio: one step per rollout). ``trpo`` is no loss: see :mod:`lmppo.trpo`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lmppo.config import PPOConfig
+from lmppo.functional import (
+    approx_kl,
+    clip_fraction,
+    clipped_policy_loss,
+    clipped_value_loss,
+    exact_kl,
+    importance_sampled_loss,
+    kl_k2,
+    kl_k3,
+    kl_penalized_policy_loss,
+    masked_mean,
+    policy_gradient_loss,
+    token_logprobs_and_entropy,
+    token_mean_loss,
+)
+from lmppo.models import HEADS, Reference
+from lmppo.records import Experience
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """The prices that hold during one iteration's update.
+
+    Attributes:
+        beta: Price of a nat from the old policy, with ``objective='kl_penalty'``.
+        kl_coef: Price of a nat from the reference within the loss, in the unit of the advantages; 0: none there.
+        reference: The reference policy, with the exact KL in the loss.
+    """
+
+    beta: float = 0.0
+    kl_coef: float = 0.0
+    reference: Reference | None = None
+
+
+def ppo_loss(
+    model: nn.Module,
+    micro: Experience,
+    config: PPOConfig,
+    penalties: Penalties,
+    *,
+    heads: Sequence[str] = HEADS,
+    token_count: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One micro-batch's share of the loss ``policy + kl_coef * kl - ent_coef * entropy + vf_coef * value``.
+
+    Args:
+        model: Policy and critic.
+        micro: The rows.
+        config: Gives the objective, its clips and coefficients.
+        penalties: Prices of the KL to the old and to the reference policy.
+        heads: ``"logits"``: the policy learns; ``"values"``: the critic does. The terms of whoever does not are left
+            out, and their forward passes as far as possible.
+        token_count: Counted tokens of the whole minibatch.
+
+    Returns:
+        The loss, and sums over counted tokens for the metrics.
+    """
+    outputs = model(micro.tokens, heads)
+    per_token = torch.zeros_like(micro.advantages)
+    sums: dict[str, Tensor] = {}
+    if "values" in outputs:
+        value_loss, sums = _value_terms(outputs["values"], micro, config)
+        per_token = per_token + config.vf_coef * value_loss
+    if "logits" in outputs:
+        policy_terms, policy_sums = _policy_terms(outputs["logits"], micro, config, penalties)
+        per_token, sums = per_token + policy_terms, sums | policy_sums
+    return token_mean_loss(per_token, micro.completion_mask, token_count=token_count), sums
+
+
+def _value_terms(values: Tensor, micro: Experience, config: PPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    mask = micro.completion_mask.unsqueeze(-1).expand_as(values)
+    loss = clipped_value_loss(values, micro.old_values, micro.returns, mask, clip_range=config.value_clip_range)
+    loss, clipped = loss.sum(dim=-1), values.new_zeros(())
+    if config.value_clip_range is not None:
+        moved = ((values.detach() - micro.old_values).abs() > config.value_clip_range).any(dim=-1)
+        clipped = (moved & micro.completion_mask).float().sum()
+    return loss, {"value_loss": loss.detach().sum(), "value_clip_frac": clipped}
+
+
+def _policy_terms(
+    logits: Tensor, micro: Experience, config: PPOConfig, penalties: Penalties
+) -> tuple[Tensor, dict[str, Tensor]]:
+    logprobs, entropy = token_logprobs_and_entropy(
+        logits, micro.tokens.completion_ids, temperature=config.temperature, support=micro.support.allowed()
+    )
+    loss = policy_loss(logprobs, micro, config, penalties)
+    entropy = torch.where(micro.completion_mask, entropy, 0.0)
+    sums = {"policy_loss": loss.detach().sum(), "entropy": entropy.detach().sum()}
+    if config.ent_coef > 0:
+        loss = loss - config.ent_coef * entropy
+    if penalties.kl_coef > 0:
+        kl = reference_kl(logits, logprobs, micro, config, penalties)
+        loss = loss + penalties.kl_coef * kl
+        sums["kl_loss"] = kl.detach().sum()
+    clip = clip_fraction(
+        logprobs.detach(),
+        micro.old_logprobs,
+        micro.completion_mask,
+        clip_range=config.clip_range,
+        clip_range_high=config.clip_range_high,
+    )
+    sums["clip_frac"] = clip * micro.completion_mask.sum()
+    return loss, sums | ratio_sums(logprobs.detach(), micro)
+
+
+def ratio_sums(logprobs: Tensor, micro: Experience) -> dict[str, Tensor]:
+    """How far the policy is from the one that sampled: sums over counted tokens, and the largest |log ratio|."""
+    mask, old = micro.completion_mask, micro.old_logprobs
+    log_ratio = torch.where(mask, logprobs - old, 0.0)
+    return {
+        "approx_kl": approx_kl(logprobs, old, mask) * mask.sum(),
+        "ratio": masked_mean(log_ratio.exp(), mask) * mask.sum(),
+        "log_ratio_max": log_ratio.abs().max(),
+    }
+
+
+def policy_loss(logprobs: Tensor, micro: Experience, config: PPOConfig, penalties: Penalties) -> Tensor:
+    """``(B, T)`` the objective's loss per token, to be minimized.
+
+    Args:
+        logprobs: ``(B, T)`` now.
+        micro: The rows.
+        config: Gives ``objective`` and the clips.
+        penalties: Gives ``beta``.
+    """
+    old, advantages, mask = micro.old_logprobs, micro.advantages, micro.completion_mask
+    if config.objective == "clip":
+        return clipped_policy_loss(
+            logprobs,
+            old,
+            advantages,
+            mask,
+            clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high,
+            dual_clip=config.dual_clip,
+        )
+    if config.objective == "kl_penalty":
+        return kl_penalized_policy_loss(logprobs, old, advantages, mask, beta=penalties.beta)
+    if config.objective == "policy_gradient":
+        return policy_gradient_loss(logprobs, advantages, mask)
+    return importance_sampled_loss(logprobs, old, advantages, mask)
+
+
+def reference_kl(
+    logits: Tensor, logprobs: Tensor, micro: Experience, config: PPOConfig, penalties: Penalties
+) -> Tensor:
+    """``(B, T)`` the KL to the reference as a term of the loss, by the configured estimator; 0 where the mask is False.
+
+    ``exact`` is differentiable over the whole vocabulary: the gradient of each state's own KL, without sampling noise.
+    As a loss, ``k2`` has the same expected gradient on the policy's own samples.
+
+    Args:
+        logits: ``(B, T, V)`` now.
+        logprobs: ``(B, T)`` now.
+        micro: The rows.
+        config: Gives ``kl_form`` and ``temperature``.
+        penalties: Gives the reference.
+    """
+    if config.kl_measure == "exact":
+        assert penalties.reference is not None
+        ref_logits = penalties.reference.logits(micro.tokens)
+        kl = exact_kl(logits, ref_logits, temperature=config.temperature, support=micro.support.allowed())
+    else:
+        kl = {"k2": kl_k2, "k3": kl_k3}[config.kl_measure](logprobs, micro.ref_logprobs)
+    return torch.where(micro.completion_mask, kl, 0.0)

@@ -1,0 +1,5 @@
+"""A run: its directory, its checkpoints, and what it tells callbacks and trackers."""
+
+from lmppo.run.run import Run
+
+__all__ = ["Run"]
