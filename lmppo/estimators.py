@@ -22,6 +22,7 @@ from lmppo.functional import (
     total_return,
 )
 from lmppo.records import Rollout
+from lmppo.rewards.streams import default_streams, kl_stream
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,6 @@ class Estimate:
     returns: Tensor
     scale: float
     metrics: dict[str, float]
-
-
-def default_streams(n_streams: int) -> list[RewardStream]:
-    """Streams that leave discount and lambda to the configuration."""
-    return [RewardStream(f"stream_{k}") for k in range(n_streams)]
-
-
-def kl_stream(streams: Sequence[RewardStream]) -> int:
-    """The stream that pays for the KL to the reference: the one named ``kl``, else the first."""
-    return next((k for k, stream in enumerate(streams) if stream.name == "kl"), 0)
 
 
 def shape_rewards(

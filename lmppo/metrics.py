@@ -16,7 +16,7 @@ METRICS = {
     "epoch": "passes over the prompts so far",
     "reward": "mean over completions of the weighted sum of what the reward functions return, before any KL penalty",
     "reward_std": "standard deviation of the same over the batch",
-    "rewards/{name}/mean": "mean of one reward function's returns, where it applied",
+    "rewards/{name}/mean": "mean of what one reward or watch function returns, where it applies",
     "rewards/{name}/std": "standard deviation of the same",
     "kl_to_ref": "k1 estimate of KL(policy || reference), summed over the completion, mean over completions, in nats",
     "kl_coef": "coefficient of the KL penalty in this iteration's rewards",

@@ -58,7 +58,7 @@ def plot_run(run_dir: str | Path) -> Path:
     figure.colorbar(points, ax=frontier, label="step")
     for name in sorted({n for row in rows for n in row if n.startswith("rewards/") and n.endswith("/mean")}):
         scores.plot(steps, [row.get(name, float("nan")) for row in rows], label=name.split("/")[1])
-    scores.set(title="each reward function", xlabel="step")
+    scores.set(title="each reward and watch function", xlabel="step")
     scores.legend(fontsize="small")
     for axis in axes.flat:
         axis.grid(alpha=0.3)

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from lmppo.config import PPOConfig
+from lmppo.protocols import Tokenizer
+from lmppo.rewards.protocol import REWARD_ARGUMENTS
 
 Prompt = str | list
-
-# What a reward function is given of a rollout (lmppo.rewards): no data column may have such a name.
-REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class PromptEncoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         vocab_size: int,
         max_positions: int | None,
         max_completion_length: int,
@@ -300,7 +299,7 @@ def make_batch(drawn: Sequence[tuple[Any, Prompt, list[int]]], num_generations: 
     return PromptBatch([prompt for _, prompt, _ in repeated], [ids for _, _, ids in repeated], columns)
 
 
-def cut_prompts(dataset: Any, tokenizer: Any, prompt_tokens: int) -> Any:
+def cut_prompts(dataset: Any, tokenizer: Tokenizer, prompt_tokens: int) -> Any:
     """A `datasets.Dataset` with a ``text`` column gets a ``prompt`` column: the text's first tokens, as token ids.
 
     The result's ``row_numbers`` say which rows it kept.

@@ -1,5 +1,6 @@
 """Prompts and completions as a table that a person likes to read."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -32,10 +33,10 @@ def print_completions(
 
 
 def print_metrics(title: str, columns: Mapping[str, Mapping[str, float]]) -> None:
-    """Print several dictionaries of metrics side by side, one column each."""
+    """Print several dictionaries of metrics side by side, one column each; what one of them lacks is ``nan`` there."""
     table = Table("", *columns, title=title)
-    for name in next(iter(columns.values())):
-        table.add_row(name, *(f"{metrics[name]:.4g}" for metrics in columns.values()))
+    for name in dict.fromkeys(name for metrics in columns.values() for name in metrics):
+        table.add_row(name, *(f"{metrics.get(name, math.nan):.4g}" for metrics in columns.values()))
     Console().print(table)
 
 

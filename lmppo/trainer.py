@@ -28,10 +28,9 @@ from lmppo.models import ActorCritic, Reference, load_policy
 from lmppo.optimizer import make_optimizer, set_learning_rates
 from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
 from lmppo.records import Experience, Rollout
-from lmppo.rewards import RewardSet
+from lmppo.rewards import RewardSet, make_streams
 from lmppo.run import Run
 from lmppo.sampling import EVALUATION, SamplingParams
-from lmppo.streams import make_streams
 from lmppo.trpo import trpo_update
 from lmppo.update import critic_epochs, critic_update, logprobs_now, ppo_update
 
@@ -68,6 +67,7 @@ class PPOTrainer:
         run_settings: What else decides the outcome; kept in ``run_config.yaml``, and a run is not continued with another.
         reward_streams: In place of ``reward_funcs``: several kinds of reward, each with its own discount and its own
             output of the critic (:class:`lmppo.RewardStream`, or its fields as a dict).
+        watch_funcs: Functions of the same kinds as ``reward_funcs`` that are logged and never enter the reward.
 
     Raises:
         ValueError: The arguments do not fit together; the message names the culprit and the remedy.
@@ -90,6 +90,7 @@ class PPOTrainer:
         callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
         reward_streams: Sequence[RewardStream | dict] | None = None,
         run_settings: dict[str, Any] | None = None,
+        watch_funcs: Any = None,
     ) -> None:
         self.args = args if args is not None else PPOConfig()
         if not isinstance(self.args, PPOConfig):
@@ -115,7 +116,7 @@ class PPOTrainer:
         # The rewards.
         self.streams = make_streams(reward_funcs, reward_streams, self.args)
         self.rewards = RewardSet.from_streams(
-            self.streams, self.args.reward_weights, reward_processing_classes, device=device
+            self.streams, self.args.reward_weights, reward_processing_classes, device, watch_funcs
         )
 
         # The critic, the prompts and the optimizer.
@@ -146,7 +147,7 @@ class PPOTrainer:
             self.processing_class,
             stateful={"prompts": self.prompts, "control": self.control},
             settings={
-                "reward_funcs": self.rewards.names,
+                **self.rewards.describe(),
                 "reward_streams": [[s.name, s.weight, s.gamma, s.lam, len(s.reward_funcs)] for s in self.streams],
                 "train_dataset": self.prompts.fingerprint,
                 "run_settings": run_settings,

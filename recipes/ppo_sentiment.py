@@ -29,6 +29,7 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Instead of reward_funcs, in YAML: a list of {name, reward_funcs, weight, gamma, lam}."},
     )
+    watch_funcs: list[str] | None = field(default=None, metadata={"help": "As reward_funcs, but logged and no reward."})
     prompt_tokens: int = field(default=8, metadata={"help": "Tokens of the prompts cut from a `text` column."})
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "A critic; auto:<name>: if it reads the policy's tokens; none: a value head."}
@@ -40,7 +41,7 @@ class RecipeArguments:
     show: int = field(default=8, metadata={"help": "Held-out prompts shown before and after."})
 
     def __post_init__(self) -> None:
-        for name in ("reward_funcs", "reward_streams", "lora_target_modules"):
+        for name in ("reward_funcs", "reward_streams", "watch_funcs", "lora_target_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, list):
                 raise TypeError(f"{name}={value!r} must be a list; in YAML: {name}: [...].")
@@ -62,16 +63,17 @@ def make_peft_config(recipe: RecipeArguments) -> Any:
 
 
 def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
-    """The trainer's ``reward_funcs`` or ``reward_streams``, their names looked up."""
-    from lmppo.streams import as_streams
+    """The trainer's reward functions or streams, and what watches beside them, their names looked up."""
+    from lmppo.rewards import as_streams
     from reward_models import load
 
-    if recipe.reward_streams is None:
-        return {"reward_funcs": [load(spec) for spec in recipe.reward_funcs or []]}
-    streams = [
-        replace(s, reward_funcs=[load(spec) for spec in s.reward_funcs]) for s in as_streams(recipe.reward_streams)
-    ]
-    return {"reward_streams": streams, "reward_funcs": recipe.reward_funcs}
+    streams = None if recipe.reward_streams is None else as_streams(recipe.reward_streams)
+    rewarding = [*(recipe.reward_funcs or []), *(spec for s in streams or [] for spec in s.reward_funcs)]
+    watching = [load(spec) for spec in recipe.watch_funcs or [] if spec not in rewarding]
+    if streams is None:
+        return {"reward_funcs": [load(spec) for spec in rewarding], "watch_funcs": watching}
+    streams = [replace(s, reward_funcs=[load(spec) for spec in s.reward_funcs]) for s in streams]
+    return {"reward_streams": streams, "reward_funcs": recipe.reward_funcs, "watch_funcs": watching}
 
 
 def main() -> None:
@@ -99,7 +101,7 @@ def main() -> None:
         eval_dataset=held_out_prompts,
         processing_class=tokenizer,
         peft_config=make_peft_config(recipe),
-        run_settings=vars(recipe) | {"show": None},  # which decides nothing
+        run_settings=vars(recipe) | {"show": None, "watch_funcs": None},  # which decide nothing
         critic=None if recipe.critic_model_name_or_path == "none" else recipe.critic_model_name_or_path,
     )
     before = trainer.sample_eval()

@@ -82,7 +82,7 @@ def make_config(output_dir, **settings):
 def make_trainer(output_dir, *, model=None, reward=count_a, dataset=None, tokenizer=None, **rest):
     """A PPOTrainer; ``rest`` holds further arguments of the trainer and settings of the configuration."""
     names = ("critic", "peft_config", "ref_model", "callbacks", "eval_dataset", "reward_processing_classes",
-             "reward_streams", "run_settings")  # fmt: skip
+             "reward_streams", "run_settings", "watch_funcs")  # fmt: skip
     arguments = {name: rest.pop(name) for name in names if name in rest}
     return PPOTrainer(
         model=gpt2() if model is None else model,

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 # Lower layers first. A module may import what stands before it, in its own layer or below.
 LAYERS = (
     ("functional",),
-    ("config", "checks", "axes", "support", "records", "control", "tables", "plots"),
-    ("models", "critics", "prompts", "classifier_reward", "rewards", "streams", "sampling", "optimizer"),
+    ("config", "checks", "axes", "support", "records", "control", "tables", "plots", "protocols"),
+    ("rewards", "models", "critics", "prompts", "sampling", "optimizer"),
     ("collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
     ("run", "explain", "trainer"),
     ("cli", "__main__"),

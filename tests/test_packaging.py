@@ -112,6 +112,7 @@ HEAVY = ["transformers", "accelerate", "datasets", "peft", "trl", "pandas"]
         ("lmppo.config", [*HEAVY, "torch", "numpy"]),
         ("lmppo.functional", [*HEAVY, "yaml", "rich", "safetensors"]),  # torch itself brings numpy and tqdm
         ("lmppo.records", HEAVY),
+        ("lmppo.rewards", HEAVY),
         ("reward_models", HEAVY),
     ],
 )

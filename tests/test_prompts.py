@@ -7,7 +7,8 @@ import torch
 from builders import PROMPTS
 from fakes import END_OF_TEXT, LETTERS, letter_tokenizer
 
-from lmppo.prompts import REWARD_ARGUMENTS, PromptEncoder, PromptStream, cut_prompts, make_batch, pad_left
+from lmppo.prompts import PromptEncoder, PromptStream, cut_prompts, make_batch, pad_left
+from lmppo.rewards import REWARD_ARGUMENTS
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}k{% endif %}"
 

@@ -7,8 +7,7 @@ import torch
 from builders import assert_same, count_a, critic_of, make_trainer, metrics_rows, share_of_a, trained, weights
 
 from lmppo import PPOConfig, RewardStream
-from lmppo.rewards import RewardSet
-from lmppo.streams import make_streams
+from lmppo.rewards import RewardSet, make_streams
 
 
 def always_two(prompts, completions, **kwargs):
@@ -37,6 +36,27 @@ def test_scores_stand_in_their_stream_with_its_weight():
     assert scores.token_scores[..., 1].tolist() == [[0, 1, 2, 0], [0, 0, 0, 0]]
     assert not scores.token_scores[..., 2].any()
     assert rewards.names == ["count_a", "share_of_a", "dense"]
+
+
+def test_sums_are_those_of_the_definition_to_the_last_bit():
+    """Functions of one stream are added in their order, in float64, wherever those of other streams stand."""
+
+    def returning(rows):
+        return lambda completions, **kwargs: rows
+
+    rows = [[1e15, None, 0.1], [0.3, 0.3, [0.5, 0.25]], [-1e15, 0.7, 0.2], [None, 1 / 3, [0.1, 0.2]], [0.7, 0.1, 3.0]]
+    weights, stream_of, lengths, width = [1.0, 0.9, 1.0, -1 / 3, 1e-3], [2, 0, 2, 0, 2], [3, 1, 2], 3
+    expected = [[[0.0] * 3 for _ in range(width)] for _ in lengths]
+    for given, weight, k in zip(rows, weights, stream_of, strict=True):
+        for b, reward in enumerate(given):
+            tokens = reward if isinstance(reward, list) else [] if reward is None else [reward]
+            for t, number in enumerate(tokens, start=lengths[b] - len(tokens)):
+                expected[b][t][k] += weight * number
+    assert expected[0][2][2] == 1e15 - 1e15 + 1e-3 * 0.7 != 0.0 and expected[1][0][0] == 0.9 * 0.3 - 1 / 3 * (1 / 3)
+    rewards = RewardSet([returning(r) for r in rows], weights, stream_of=stream_of, n_streams=3)
+    scores = rewards.score(["p"] * 3, ["c"] * 3, [[1] * n for n in lengths], {}, None, width)
+    assert torch.equal(scores.token_scores, torch.tensor(expected, dtype=torch.float64).float())
+    assert not scores.token_scores[..., 1].any()
 
 
 @pytest.mark.parametrize("critic", [None, "separate"])

@@ -26,8 +26,7 @@ from transformers import (
 )
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment, think_format_reward
 
-from lmppo.prompts import REWARD_ARGUMENTS
-from lmppo.rewards import ClassifierReward, RewardError, RewardSet, Scores
+from lmppo.rewards import REWARD_ARGUMENTS, ClassifierReward, RewardError, RewardSet, Scores
 
 STATE = SimpleNamespace(global_step=7)
 
@@ -299,6 +298,11 @@ def test_large_finite_rewards_and_equal_rewards_pass():
 def test_a_weighted_sum_beyond_the_bound_is_refused(weight):
     with pytest.raises(ValueError, match=r"row 1 is beyond 1e\+15: lower reward_weights"):
         score(returning([0.0, 1e15]), reward_weights=[weight])
+
+
+def test_weighted_sums_that_cancel_to_nan_are_refused():
+    with pytest.raises(ValueError, match=r"row 1 is beyond 1e\+15: lower reward_weights"):
+        score([returning([0.0, 1e15])] * 2, reward_weights=[1e300, -1e300])
 
 
 def test_a_row_that_no_function_scores_is_named():

@@ -22,3 +22,14 @@ def test_metrics_side_by_side(capsys):
     print_metrics("M", {"before": {"reward": 0.123456}, "after": {"reward": 4.0}})
     output = capsys.readouterr().out
     assert "0.1235" in output and "4" in output and "reward" in output
+
+
+def test_a_metric_that_only_one_side_has(capsys):
+    """A reward function that applied to no completion logs nothing."""
+    print_metrics("M", {"before": {"reward": 1.0, "x": 2.0}, "after": {"reward": 4.0, "y": 3.0}})
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row[1:4]] for row in rows] == [
+        ["reward", "1", "4"],
+        ["x", "2", "nan"],
+        ["y", "nan", "3"],
+    ]

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lmppo.collector import ScoredRollout
 from lmppo.config import PPOConfig, RewardStream
-from lmppo.estimators import default_streams
 from lmppo.functional import kl_k1, rewards_to_go, td_residuals
 from lmppo.functional.kl import MAX_LOG_RATIO
 from lmppo.records import Experience
+from lmppo.rewards import default_streams
 from lmppo.run.checkpoint import CheckpointError
 
 FORMAT_VERSION = 2  # 2 since kl_form

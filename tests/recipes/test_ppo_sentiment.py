@@ -76,7 +76,7 @@ def test_every_yaml_is_a_valid_configuration(path):
     from ppo_sentiment import RecipeArguments
 
     recipe, args = TrlParser((RecipeArguments, PPOConfig)).parse_args_and_config(["--config", str(path)])
-    assert recipe.reward_funcs and args.resume_from_checkpoint == "auto"
+    assert recipe.reward_funcs and recipe.watch_funcs == ["lexicon"] and args.resume_from_checkpoint == "auto"
 
 
 def test_unknown_keys_and_flags_are_errors(tmp_path):
@@ -108,6 +108,16 @@ def test_main_job_runs_resumes_and_leaves_what_it_promises(tmp_path):
     printed = launch("recipes/configs/tiny_reviews.yaml", run, "--max_steps", "3")
     assert "Resumed" in printed and [row["step"] for row in rows_of(run)] == [1, 2, 3]
     assert "already" in launch("recipes/configs/tiny_reviews.yaml", run, "--max_steps", "3")
+
+
+def test_another_reward_takes_one_flag(tmp_path):
+    """The function that watches becomes the reward, without a name or a weight to set beside it."""
+    launch("recipes/configs/tiny_reviews.yaml", tmp_path / "run", "--max_steps", "1", "--reward_funcs", "lexicon")
+    (row,) = rows_of(tmp_path / "run")
+    assert row["reward"] == row["rewards/lexicon/mean"] != 0
+    assert [name for name in row if name.startswith("rewards/")] == ["rewards/lexicon/mean", "rewards/lexicon/std"]
+    settings = yaml.safe_load((tmp_path / "run" / "run_config.yaml").read_text())
+    assert (settings["reward_funcs"], settings["watch_funcs"]) == (["lexicon"], [])
 
 
 def test_a_policy_of_another_family_takes_one_flag(tmp_path):
@@ -155,7 +165,7 @@ def test_hub_recipe_on_local_directories_of_the_same_architectures(tmp_path, loc
     launch(
         "recipes/configs/gpt2_imdb.yaml", tmp_path / "run", "--max_steps", "3",
         "--model_name_or_path", str(local_hub / "gpt2-imdb"), "--dataset_name", str(local_hub / dataset),
-        "--reward_funcs", f"classifier:{local_hub / 'distilbert-imdb'}", "lexicon", "--eval_steps", "2",
+        "--reward_funcs", f"classifier:{local_hub / 'distilbert-imdb'}", "--eval_steps", "2",
     )  # fmt: skip
     rows = rows_of(tmp_path / "run")
     assert len(rows) == 3 and "eval_reward" in rows[1] and "rewards/lexicon/mean" in rows[0]
@@ -171,7 +181,7 @@ STREAMS = [
 def with_streams(path: Path, streams) -> Path:
     """The main job's YAML with reward streams in place of reward functions."""
     settings = yaml.safe_load((ROOT / "recipes/configs/tiny_reviews.yaml").read_text())
-    for name in ("reward_funcs", "reward_weights", "critic_model_name_or_path"):
+    for name in ("reward_funcs", "critic_model_name_or_path"):
         del settings[name]
     path.write_text(yaml.safe_dump(settings | {"reward_streams": streams}))
     return path
@@ -209,7 +219,12 @@ def test_wrong_streams_in_yaml_name_the_culprit(tmp_path, streams, message):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("reward_funcs", "lexicon"), ("reward_streams", {"name": "mood"}), ("lora_target_modules", "c_attn")],
+    [
+        ("reward_funcs", "lexicon"),
+        ("reward_streams", {"name": "mood"}),
+        ("watch_funcs", "lexicon"),
+        ("lora_target_modules", "c_attn"),
+    ],
 )
 def test_a_scalar_where_a_list_belongs_is_an_error(tmp_path, name, value):
     sys.path.insert(0, str(ROOT / "recipes"))
@@ -227,7 +242,7 @@ def test_a_scalar_where_a_list_belongs_is_an_error(tmp_path, name, value):
 def test_another_data_set_or_reward_is_another_run(tmp_path, name, value):
     """The same names of rewards and the same configuration of the trainer, but not the same run."""
     settings = yaml.safe_load((ROOT / "recipes/configs/tiny_reviews.yaml").read_text())
-    settings |= {"reward_funcs": ["toy:token_count=12"], "reward_weights": None, "output_dir": str(tmp_path / "run")}
+    settings |= {"reward_funcs": ["toy:token_count=12"], "output_dir": str(tmp_path / "run")}
     settings |= {"critic_model_name_or_path": None, "max_steps": 1, "rollout_batch_size": 8, "minibatch_size": 4}
     settings |= {"eval_completions": 8, "max_completion_length": 4, "show": 0, "cpu_threads": 1}
     (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "film {i}"}}\n' for i in range(20)))

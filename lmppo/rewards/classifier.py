@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lmppo.protocols import Tokenizer
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 OUTPUTS = ("logit", "log_odds", "probability")
 OTHER_NAMES = "(Pass a function itself; a name such as 'lexicon' becomes one by reward_models.load.)"
@@ -45,7 +47,7 @@ class ClassifierReward:
     def __init__(
         self,
         model: "str | Path | PreTrainedModel",
-        processing_class: "PreTrainedTokenizerBase | None" = None,
+        processing_class: Tokenizer | None = None,
         *,
         output: str = "logit",
         label: str | int | None = None,
@@ -182,7 +184,7 @@ def _check_place(name: str) -> None:
         )
 
 
-def _load_tokenizer(source: str) -> "PreTrainedTokenizerBase":
+def _load_tokenizer(source: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:

@@ -1,6 +1,7 @@
-"""Reward streams from what users give."""
+"""Reward streams: what users give of them, made whole and checked against the configuration."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from lmppo.config import PPOConfig, RewardStream
@@ -65,3 +66,13 @@ def _check_effect(stream: RewardStream, args: PPOConfig) -> None:
             f"reward stream 'kl' holds the KL penalty of the reward, and kl_form={args.kl_form!r} has none there: leave "
             f"the stream out, or set kl_form='k1_reward', 'k3_both' or 'exact_both'."
         )
+
+
+def default_streams(n_streams: int) -> list[RewardStream]:
+    """Streams that leave discount and lambda to the configuration."""
+    return [RewardStream(f"stream_{k}") for k in range(n_streams)]
+
+
+def kl_stream(streams: Sequence[RewardStream]) -> int:
+    """The stream that pays for the KL to the reference: the one named ``kl``, else the first."""
+    return next((k for k, stream in enumerate(streams) if stream.name == "kl"), 0)
