@@ -327,8 +327,7 @@ class Reference:
         if not self.adapter_off:
             model = model.float().requires_grad_(False)
         self.model = model.eval()
-        with self._adapter_off():
-            self.language_model = LanguageModel(model)
+        self.language_model = LanguageModel(self.model)
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Tensor:

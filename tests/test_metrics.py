@@ -21,7 +21,8 @@ def mask_of(*rows):
 
 def scored(rollout, per_function, metrics=None):
     n_rows = len(rollout.completion_mask)
-    return ScoredRollout(rollout, ["p"] * n_rows, ["c"] * n_rows, torch.tensor(per_function), metrics or {}, {})
+    names = ["f", "g"][: len(per_function[0])]
+    return ScoredRollout(rollout, ["p"] * n_rows, ["c"] * n_rows, names, torch.tensor(per_function), metrics or {}, {})
 
 
 @pytest.fixture
@@ -29,7 +30,8 @@ def rollout():
     rollout = make_rollout(prompt=("11", "01", "11"), completion=("1110", "1000", "1100"))
     scores = torch.tensor([[0, 0, 3.0, 0], [1.0, 0, 0, 0], [0.5, -1.0, 0, 0]])[..., None]
     ids = torch.tensor([[5, 6, 5, 9], [5, 9, 9, 9], [5, 6, 9, 9]])
-    return dataclasses.replace(rollout, scores=scores, completion_ids=ids, ended=torch.tensor([False, True, True]))
+    tokens = dataclasses.replace(rollout.tokens, completion_ids=ids)
+    return dataclasses.replace(rollout, scores=scores, tokens=tokens, ended=torch.tensor([False, True, True]))
 
 
 def test_rollout_metrics_by_hand(rollout):
@@ -85,26 +87,21 @@ def test_critic_metrics_by_hand():
 
 
 def test_padding_changes_no_metric(rollout):
-    def pad(tensor, prompt):
+    def pad(tensor, axes):
+        if len(axes) < 2 or axes[1] not in "PT":
+            return tensor
         left = tensor.new_full((3, 2, *tensor.shape[2:]), 1 if tensor.dtype != torch.bool else False)
         right = tensor.new_full((3, 3, *tensor.shape[2:]), 77 if tensor.dtype != torch.bool else False)
-        return torch.cat([left, tensor], 1) if prompt else torch.cat([tensor, right], 1)
+        return torch.cat([left, tensor], 1) if axes[1] == "P" else torch.cat([tensor, right], 1)
 
-    wide = dataclasses.replace(
-        rollout,
-        **{
-            f.name: pad(getattr(rollout, f.name), f.name.startswith("prompt"))
-            for f in dataclasses.fields(rollout)
-            if getattr(rollout, f.name).ndim > 1 and f.name != "bootstrap_values"
-        },
-    )
+    wide = rollout.map(pad)
     wide = dataclasses.replace(wide, scores=torch.where(wide.completion_mask[..., None], wide.scores, 0.0))
     functions = [[1.0]] * 3
     narrow_row = rollout_metrics(scored(rollout, functions), kl_coef=0.1)
     assert rollout_metrics(scored(wide, functions), kl_coef=0.1) == pytest.approx(narrow_row)
     returns = torch.randn(3, 4, 1)
     narrow_row = critic_metrics(rollout.values, returns, rollout.completion_mask)
-    assert critic_metrics(wide.values, pad(returns, False), wide.completion_mask) == pytest.approx(narrow_row)
+    assert critic_metrics(wide.values, pad(returns, ("B", "T", "K")), wide.completion_mask) == pytest.approx(narrow_row)
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,8 @@ def test_logprobs_and_values_are_those_of_the_whole_sequence_alone(family, kind,
         )
         torch.testing.assert_close(logprobs, expected, **ROUNDING)
         torch.testing.assert_close(values, expected_values, **ROUNDING)
-    for name in ("completion_ids", "logprobs", "values"):
-        assert getattr(samples, name)[~samples.completion_mask].eq(0).all(), name
+    for tensor in (samples.tokens.completion_ids, samples.logprobs, samples.values):
+        assert tensor[~samples.completion_mask].eq(0).all()
     assert supports(samples)[~samples.completion_mask].all()
 
 
@@ -223,8 +223,9 @@ def test_tokens_do_not_depend_on_how_the_rows_are_batched(family):
     for batch in (backwards, torch.tensor([3]), torch.arange(0, 12, 2), torch.tensor([5, 1, 7])):
         part_ids, part_mask = encode(*[rows[i] for i in batch])  # narrower, where the longest prompt is not among them
         part = sample(model, part_ids, part_mask, noise[batch], params)
-        for name in ("completion_ids", "completion_mask", "ended"):
-            assert getattr(part, name).equal(getattr(whole, name)[batch]), name
+        assert part.tokens.completion_ids.equal(whole.tokens.completion_ids[batch])
+        assert part.completion_mask.equal(whole.completion_mask[batch])
+        assert part.ended.equal(whole.ended[batch])
         torch.testing.assert_close(part.logprobs, whole.logprobs[batch], **ROUNDING)
         torch.testing.assert_close(part.values, whole.values[batch], **ROUNDING)
 

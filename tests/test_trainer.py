@@ -113,7 +113,7 @@ def test_where_completions_end(tmp_path, of_model, of_tokenizer, expected):
     model.generation_config.eos_token_id = of_model
     if not of_tokenizer:
         tokenizer.eos_token = None
-    assert make_trainer(tmp_path, model=model, tokenizer=tokenizer).params.eos_token_ids == expected
+    assert make_trainer(tmp_path, model=model, tokenizer=tokenizer).collector.params.eos_token_ids == expected
 
 
 # --- any data --------------------------------------------------------------------------------------------------------

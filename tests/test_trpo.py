@@ -8,10 +8,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import Accelerator
-from builders import PROMPTS, assert_same, build_model, make_config, make_experience, make_samples, supports
+from builders import PROMPTS, assert_same, build_model, make_config, make_experience, make_samples, supports, with_mask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmppo.checks import NonFiniteError
+from lmppo.records import Tokens
 from lmppo.trpo import PolicyBatch, conjugate_gradients, trpo_update
 
 ACCELERATOR = Accelerator(cpu=True)
@@ -34,7 +35,7 @@ def setting(family="gpt2", kind="shared", prompts=PROMPTS, *, temperature=1.0, *
     model.policy.double()
     mask = experience.completion_mask.clone()
     mask[int(mask.sum(1).argmax()), 1:3] = False  # read, but not trained on
-    experience = dataclasses.replace(experience, completion_mask=mask, advantages=experience.advantages.double())
+    experience = dataclasses.replace(with_mask(experience, mask), advantages=experience.advantages.double())
     old = torch.zeros(mask.shape, dtype=torch.float64)
     old[mask] = chosen(distributions(model, experience, temperature).detach(), experience)
     return model, dataclasses.replace(experience, old_logprobs=old)
@@ -222,13 +223,9 @@ def test_micro_batches_padding_and_what_is_masked_change_nothing():
     mask = experience.completion_mask
     masked = {n: torch.where(mask, getattr(experience, n), torch.nan) for n in ("advantages", "old_logprobs")}
     ids = torch.where(mask.flip(1).cumsum(1).flip(1) > 0, experience.tokens.completion_ids, 7)
-    shifted = dataclasses.replace(
-        experience,
-        **masked,
-        completion_ids=ids,
-        prompt_ids=torch.nn.functional.pad(experience.tokens.prompt_ids, (3, 0), value=5),
-        prompt_mask=torch.nn.functional.pad(experience.tokens.prompt_mask, (3, 0)),
-    )
+    prompt_ids = torch.nn.functional.pad(experience.tokens.prompt_ids, (3, 0), value=5)
+    prompt_mask = torch.nn.functional.pad(experience.tokens.prompt_mask, (3, 0))
+    shifted = dataclasses.replace(experience, tokens=Tokens(prompt_ids, prompt_mask, ids, mask), **masked)
     expected = step(narrow, experience, micro_batch_size=1)
     assert expected["trpo/step_fraction"] > 0
     for other, same, size in ((wide, experience, 64), (padded, shifted, 4)):
