@@ -81,7 +81,7 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
 
 @dataclass(frozen=True)
 class RewardStream:
-    """One kind of reward, with its own discount and its own output of the critic (N8).
+    """One kind of reward, with its own discount and its own output of the critic.
 
     Args:
         name: The stream's name in the metrics. ``"kl"``, without reward functions: the KL penalty's own stream.
@@ -307,7 +307,7 @@ class PPOConfig:
             ),
             (
                 self.objective == "policy_gradient" and not whole,
-                f"objective='policy_gradient' holds for one step per rollout (N3): set ppo_epochs=1 and "
+                f"objective='policy_gradient' is valid for one step per rollout only: set ppo_epochs=1 and "
                 f"minibatch_size=rollout_batch_size={self.rollout_batch_size}, or objective='importance_sampled'.",
             ),
             (

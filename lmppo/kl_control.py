@@ -65,7 +65,7 @@ class AdaptiveKL:
 
 @dataclass
 class AdaptiveBeta:
-    """The price of a nat between old and new policy: Schulman et al. 2017 (arXiv 1707.06347), section 4; N17.
+    """The price of a nat between old and new policy: Schulman et al. 2017 (arXiv 1707.06347), section 4.
 
     After each update, with ``kl`` the mean KL(old || new) per token that it caused::
 

@@ -83,6 +83,19 @@ def test_the_reward_examples_run(tmp_path):
     runpy.run_path(str(tmp_path / "rewards.py"))
 
 
+def test_the_code_names_ideas_and_not_the_numbers_of_the_notes():
+    """Only docs/notes.md numbers its sections; a module may point to them by title."""
+    headings = re.findall(r"^##+ (?:N\d+ )?(.*)$", (DOCS / "notes.md").read_text(), re.MULTILINE)
+    sources = [path for folder in ("lmppo", "reward_models", "recipes") for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 40
+    for path in sources:
+        text = path.read_text()
+        assert not re.findall(r"\bN\d{1,2}\b", text), path
+        pointers = re.findall(r"^Background: docs/notes\.md, (.*)$", text, re.MULTILINE)
+        titles = re.findall(r'"([^"]+)"', " ".join(pointers))
+        assert len(pointers) <= 1 and set(titles) <= set(headings), (path, titles)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
