@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the iteration: nothing to save, nothing to step twice."""
+"""The learning rate, a pure function of the iteration, so there is no scheduler state; and the critic's warm-up."""
 
 import math
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ def learning_rate_at(iteration: int, base: float, config: PPOConfig) -> float:
 
     Args:
         iteration: From 0.
-        base: The rate at its highest.
-        config: Gives ``lr_scheduler_type``, ``warmup_steps`` and ``max_steps``.
+        base: The peak rate.
+        config: Its ``lr_scheduler_type``, ``warmup_steps`` and ``max_steps`` are used.
     """
     if iteration < config.warmup_steps:
         return base * (iteration + 1) / (config.warmup_steps + 1)
@@ -29,7 +29,7 @@ def learning_rate_at(iteration: int, base: float, config: PPOConfig) -> float:
 
 
 def set_learning_rates(optimizer: Any, iteration: int, config: PPOConfig) -> tuple[float, float]:
-    """Give the optimizer's two groups, policy and critic, their rates of this iteration; returns them."""
+    """Set the learning rates of the optimizer's two groups, policy and critic, for this iteration, and return them."""
     bases = (config.learning_rate, config.critic_learning_rate or config.learning_rate)
     rates = tuple(learning_rate_at(iteration, base, config) for base in bases)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -39,12 +39,12 @@ def set_learning_rates(optimizer: Any, iteration: int, config: PPOConfig) -> tup
 
 @dataclass
 class CriticWarmup:
-    """The first iterations, in which the policy is frozen and only the critic learns (VC-PPO, arXiv 2503.01491).
+    """The initial iterations, which train only the critic, with the policy frozen (VC-PPO, arXiv 2503.01491).
 
     Args:
-        steps: Iterations it lasts at most.
-        explained_variance: It ends once the critic explains this share of a batch's Monte-Carlo returns. None: it lasts
-            all its steps.
+        steps: Maximum number of iterations.
+        explained_variance: End early once the critic's explained variance of a batch's Monte-Carlo returns reaches
+            this value. None: never end early.
     """
 
     steps: int
@@ -52,7 +52,7 @@ class CriticWarmup:
     over: bool = False
 
     def freezes(self, iteration: int, explained_variance: float) -> bool:
-        """Whether the policy is frozen in this iteration, whose batch the critic explained so well."""
+        """Whether the policy is frozen in this iteration, given the critic's explained variance of its batch."""
         enough = self.explained_variance is not None and explained_variance >= self.explained_variance
         self.over = self.over or enough or iteration >= self.steps
         return not self.over

@@ -1,7 +1,7 @@
 """Baselines that need no critic: means over the batch, or over other completions of the same prompt.
 
 A baseline is subtracted from the weights (returns) of :mod:`lmppo.functional.advantages`. What depends only on the state,
-or on other, independent completions, changes no expected gradient (the expected grad-log-prob lemma); it changes the variance.
+or on other, independent completions, changes no expected gradient (the expected grad-log-prob lemma), only the variance.
 
 Background: docs/notes.md, "A baseline".
 """
