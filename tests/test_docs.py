@@ -1,6 +1,7 @@
 """The documentation says what the code does: tables against the code, examples run, links that lead somewhere."""
 
 import dataclasses
+import json
 import re
 import runpy
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_the_code_names_ideas_and_not_the_numbers_of_the_notes():
         pointers = re.findall(r"^Background: docs/notes\.md, (.*)$", text, re.MULTILINE)
         titles = re.findall(r'"([^"]+)"', " ".join(pointers))
         assert len(pointers) <= 1 and set(titles) <= set(headings), (path, titles)
+
+
+def test_the_readme_example_runs_and_learns(tmp_path, monkeypatch):
+    """As it is printed, from a directory that looks like the repository's root."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "example.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("example.py")
+    (run,) = (tmp_path / "runs").iterdir()
+    rewards = [json.loads(line)["reward"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rewards) == 20 and sum(rewards[-5:]) > 2 * sum(rewards[:5])
+    assert (run / "final" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
