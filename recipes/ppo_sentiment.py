@@ -29,22 +29,14 @@ class RecipeArguments:
         default=None,
         metadata={"help": "Instead of reward_funcs, in YAML: a list of {name, reward_funcs, weight, gamma, lam}."},
     )
-    prompt_tokens: int = field(
-        default=8, metadata={"help": "Length in tokens of the prompts cut from a `text` column."}
-    )
+    prompt_tokens: int = field(default=8, metadata={"help": "Tokens per prompt cut from a `text` column."})
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "A separate critic (default: a value head on the policy's trunk)."}
     )
-    use_peft: bool = field(
-        default=False, metadata={"help": "Train a LoRA adapter; the reference is the model without it."}
-    )
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the reference is without it."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(
-        default=32, metadata={"help": "LoRA's alpha: the adapter is scaled by lora_alpha / lora_r."}
-    )
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt (default: peft's)."}
-    )
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules to adapt (peft's choice)."})
     show: int = field(default=8, metadata={"help": "Held-out prompts to show before and after."})
 
     def __post_init__(self) -> None:
@@ -85,9 +77,7 @@ def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
 def main() -> None:
     """Train, show what changed on held-out prompts, and draw the curves."""
     started = time.perf_counter()
-    parser = TrlParser(
-        (RecipeArguments, PPOConfig), epilog="--config FILE reads any of these from YAML; flags override it."
-    )
+    parser = TrlParser((RecipeArguments, PPOConfig), epilog="--config FILE reads these from YAML; flags override it.")
     recipe, args = parser.parse_args_and_config()
 
     from before_and_after import show_change
