@@ -1,4 +1,4 @@
-r"""The README's main-job table: the tuned policy against the reference and best-of-n, over several seeds.
+r"""The main-job table of docs/results.md: the tuned policy against the reference and best-of-n, over several seeds.
 
     python benchmarks/main_job.py --seeds 0 1 2
     python benchmarks/main_job.py --seeds 0 1 2 --name without-warmup --flags "--critic_warmup_steps 0"

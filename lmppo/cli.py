@@ -8,7 +8,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a subcommand.
 
     Args:
-        arguments: The command line; that of the process by default.
+        arguments: The command line (default: that of the process).
     """
     parser = argparse.ArgumentParser(prog="lmppo", description="Token-level PPO with a critic for language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -21,7 +21,7 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = commands.add_parser(
         "explain",
         help="show completions token by token: values, rewards, advantages, ratios",
-        description="Show the completions that a run kept with a checkpoint (save_rollouts=N), token by token.",
+        description="Show the completions saved with a checkpoint (save_rollouts=N), token by token.",
     )
     parser.add_argument("run", metavar="RUN", help="a run directory, or one of its checkpoints")
     parser.add_argument(
@@ -29,7 +29,7 @@ def _add_explain(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--row", type=int, nargs="+", metavar="I", help="completions, counted from 0 (default: all)")
     parser.add_argument("--format", choices=("html", "table", "json"), default="html", help="default: html")
-    parser.add_argument("--html", metavar="PATH", help="where the page goes (default: RUN/explain-step-N.html)")
+    parser.add_argument("--html", metavar="PATH", help="where to write the page (default: RUN/explain-step-N.html)")
     parser.set_defaults(run_command=lambda args: _explain(parser, args))
 
 

@@ -1,4 +1,4 @@
-"""PPOConfig: every knob of a run in one frozen dataclass, with every range and divisibility check in one place."""
+"""PPOConfig: every setting of a run in one frozen dataclass, and every check of the settings in one place."""
 
 import argparse
 import dataclasses
@@ -49,7 +49,7 @@ def _knob(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-# Fields, what must hold of their values, and how to say it; rules that end in "or none" allow None.
+# Fields, the condition on their values, and the wording for messages; rules that end in "or none" allow None.
 _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "max_steps rollout_batch_size num_generations max_completion_length ppo_epochs minibatch_size "
@@ -79,13 +79,13 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("adam_beta1 adam_beta2", lambda v: 0 <= v < 1, "within [0, 1)"),
     ("top_p", lambda v: 0 < v <= 1, "within (0, 1]"),
     ("clip_range", lambda v: 0 < v < 1, "within (0, 1)"),
-    ("save_total_limit", lambda v: v >= 2, "at least 2 (the newest may be the damaged one), or none"),
+    ("save_total_limit", lambda v: v >= 2, "at least 2 (the newest may be damaged), or none"),
 ]
 
 
 @dataclass(frozen=True)
 class RewardStream:
-    """One kind of reward, with its own discount and its own output of the critic (N8).
+    """One kind of reward, with its own discount and its own output of the critic.
 
     Args:
         name: The stream's name in the metrics. ``"kl"``, without reward functions: the KL penalty's own stream.
@@ -125,7 +125,7 @@ class RewardStream:
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """The configuration of a :class:`lmppo.PPOTrainer`, never written to after construction.
+    """The configuration of a :class:`lmppo.PPOTrainer`; immutable.
 
     Counts of completions (``rollout_batch_size``, ``minibatch_size``) are global, over all processes;
     ``micro_batch_size`` is per process and changes memory only. One step (``max_steps``, ``save_steps``,
@@ -140,26 +140,31 @@ class PPOConfig:
     # Run
     output_dir: str = _knob("lmppo-output", "Run directory: metrics.jsonl, run_config.yaml, checkpoints/, final/.")
     max_steps: int = _knob(100, "PPO iterations to run.")
-    seed: int = _knob(42, "Seed of prompt order, sampling noise and minibatch order.")
+    seed: int = _knob(42, "Seed for the order of prompts, the sampling noise and the order of minibatches.")
     resume_from_checkpoint: str | None = _knob(
-        None, "'auto': newest valid checkpoint of this run, or start; 'true': newest, or an error; or a directory."
+        None,
+        "'auto': resume this run from its newest valid checkpoint, or start it; 'true': resume from the newest valid "
+        "checkpoint, or fail; or a checkpoint's directory.",
     )
-    use_cpu: bool = _knob(False, "Stay on the CPU even if an accelerator is there.")
+    use_cpu: bool = _knob(False, "Use the CPU even if an accelerator is available.")
     cpu_threads: int | None = _knob(
         None,
-        "Threads of each process on a CPU; 0: share out all cores (default: as launched; accelerate launch says 1).",
+        "CPU threads per process; 0 divides all cores among the processes (default: what the launcher set; "
+        "accelerate launch sets 1).",
     )
-    bf16: bool = _knob(False, "Run the forward passes under bfloat16 autocast (weights stay float32).")
+    bf16: bool = _knob(False, "Run forward passes in bfloat16 autocast; weights stay float32.")
 
     # Rollout
     rollout_batch_size: int = _knob(64, "Completions sampled per iteration, over all processes.")
-    num_generations: int = _knob(1, "Completions per prompt; they count within rollout_batch_size.")
-    max_completion_length: int = _knob(48, "Most tokens a completion may have.")
-    temperature: float = _knob(1.0, "Softmax temperature of the policy: in sampling, old, new and reference alike.")
-    top_k: int = _knob(0, "Sample among the k likeliest tokens only (0: all).")
-    top_p: float = _knob(1.0, "Sample within the smallest set of tokens of this probability (1: all).")
-    min_p: float = _knob(0.0, "Sample tokens of at least min_p times the likeliest token's probability (0: all).")
-    shuffle_dataset: bool = _knob(True, "Visit the prompts in a new random order each epoch.")
+    num_generations: int = _knob(1, "Completions per prompt; rollout_batch_size counts all of them.")
+    max_completion_length: int = _knob(48, "Maximum number of tokens in a completion.")
+    temperature: float = _knob(
+        1.0, "Softmax temperature, used for sampling and for the old, new and reference log-probabilities."
+    )
+    top_k: int = _knob(0, "Sample only from the k most likely tokens (0: off).")
+    top_p: float = _knob(1.0, "Sample only from the smallest set of tokens with this total probability (1: off).")
+    min_p: float = _knob(0.0, "Sample only tokens at least min_p times as likely as the most likely one (0: off).")
+    shuffle_dataset: bool = _knob(True, "Shuffle the prompts, in a new order each epoch.")
 
     # Rewards
     reward_weights: list[float] | None = _knob(None, "Weight of each reward function (default: 1 each).")
@@ -172,69 +177,75 @@ class PPOConfig:
 
     # Advantages
     estimator: str = _knob("gae", f"Advantage estimator: {', '.join(ESTIMATORS)}.")
-    baseline: str = _knob("critic", f"What is subtracted: {', '.join(BASELINES)} (critic or batch_mean, by its EV).")
+    baseline: str = _knob("critic", f"Baseline: {', '.join(BASELINES)} (critic or batch_mean, by explained variance).")
     gamma: float = _knob(1.0, "Discount per token.")
     lam: float = _knob(0.95, "GAE's lambda.")
     critic_lam: float | None = _knob(None, "GAE's lambda for the critic's targets (default: lam).")
     adaptive_lam_alpha: float | None = _knob(
-        None, "GAE's lambda of a completion of n tokens is 1 - 1/(alpha n), but at least lam."
+        None, "Length-adaptive GAE: a completion of n tokens uses lambda = max(lam, 1 - 1/(alpha n))."
     )
-    whiten_advantages: bool = _knob(True, "Give the batch's advantages mean 0 and variance 1, over all processes.")
+    whiten_advantages: bool = _knob(True, "Normalize advantages to mean 0 and variance 1 over the whole batch.")
 
     # Update
-    objective: str = _knob("clip", f"What the policy's update climbs: {', '.join(OBJECTIVES)}.")
-    ppo_epochs: int = _knob(4, "Passes over each rollout.")
+    objective: str = _knob("clip", f"Policy objective: {', '.join(OBJECTIVES)}.")
+    ppo_epochs: int = _knob(4, "Optimization passes over each rollout.")
     minibatch_size: int = _knob(16, "Completions per optimizer step, over all processes.")
-    micro_batch_size: int = _knob(16, "Completions per forward pass and process; changes memory only.")
-    clip_range: float = _knob(0.2, "Clip of the ratio: 1 - clip_range to 1 + clip_range.")
-    clip_range_high: float | None = _knob(None, "Upper clip, if it differs from clip_range.")
-    dual_clip: float | None = _knob(None, "Largest ratio charged to a negative advantage (default: no bound).")
-    policy_kl_coef: float = _knob(1.0, "objective='kl_penalty': first price of a nat from the old policy (beta).")
-    policy_kl_target: float | None = _knob(
-        0.01, "beta halves below target/1.5 and doubles above 1.5*target nats per token ('none': fixed beta)."
+    micro_batch_size: int = _knob(16, "Completions per forward pass on each process; affects memory and speed only.")
+    clip_range: float = _knob(0.2, "The probability ratio is clipped to [1 - clip_range, 1 + clip_range].")
+    clip_range_high: float | None = _knob(None, "Upper clip range, if different from clip_range.")
+    dual_clip: float | None = _knob(
+        None, "Bound, in the loss, on the ratio of tokens with a negative advantage (default: none)."
     )
-    trpo_max_kl: float = _knob(0.01, "objective='trpo': mean KL per token from the old policy, at most.")
-    trpo_cg_steps: int = _knob(10, "TRPO's conjugate gradient steps.")
-    trpo_damping: float = _knob(0.1, "Added to the Fisher matrix's diagonal.")
-    trpo_line_search_steps: int = _knob(10, "Step lengths TRPO tries, each 0.8 of the one before.")
-    value_clip_range: float | None = _knob(0.2, "Clip of the value's move from its old value ('none': no clip).")
+    policy_kl_coef: float = _knob(1.0, "Initial coefficient beta of the KL to the old policy (objective='kl_penalty').")
+    policy_kl_target: float | None = _knob(
+        0.01, "Halve beta if that KL is below target/1.5 nats per token, double it above 1.5*target ('none': fixed)."
+    )
+    trpo_max_kl: float = _knob(0.01, "Maximum mean KL to the old policy, in nats per token (objective='trpo').")
+    trpo_cg_steps: int = _knob(10, "TRPO: conjugate gradient steps.")
+    trpo_damping: float = _knob(0.1, "TRPO: added to the diagonal of the Fisher matrix.")
+    trpo_line_search_steps: int = _knob(10, "TRPO: step lengths to try, each 0.8 times the one before.")
+    value_clip_range: float | None = _knob(
+        0.2, "Clip range of values around their old values, in the value loss ('none': no clipping)."
+    )
     vf_coef: float = _knob(0.1, "Weight of the value loss.")
     ent_coef: float = _knob(0.0, "Weight of the entropy bonus.")
     target_kl: float | None = _knob(
-        None, "End an iteration's update (the critic's too) when approx_kl exceeds 1.5 times it."
+        None, "Stop an iteration's update, the critic's included, when approx_kl exceeds 1.5 * target_kl."
     )
     critic_epochs: int | None = _knob(None, "The critic's passes over each rollout (default: ppo_epochs).")
-    critic_warmup_steps: int = _knob(0, "First iterations in which only the critic learns; the policy is frozen.")
-    critic_warmup_epochs: int | None = _knob(None, "Passes in those iterations (default: critic_epochs).")
+    critic_warmup_steps: int = _knob(0, "Initial iterations that train only the critic, with the policy frozen.")
+    critic_warmup_epochs: int | None = _knob(None, "The critic's passes during warm-up (default: critic_epochs).")
     critic_warmup_explained_variance: float | None = _knob(
-        None, "End that warm-up as soon as the critic explains this share of a batch's returns."
+        None, "End the warm-up early once the critic's explained variance reaches this value."
     )
     step_zero_tolerance: float | None = _knob(
-        None, "Largest |log ratio| and |KL| allowed before anything was learned (default: what rounding explains)."
+        None, "Largest |log ratio| and |KL| allowed before the first step (default: a bound on rounding errors)."
     )
 
     # Optimizer
-    learning_rate: float = _knob(1e-5, "AdamW's learning rate for the policy (and the trunk it shares).")
-    critic_learning_rate: float | None = _knob(None, "Learning rate of the value head or critic (learning_rate).")
-    lr_scheduler_type: str = _knob("constant", f"Schedule over the iterations: {', '.join(SCHEDULES)}.")
-    warmup_steps: int = _knob(0, "Iterations over which the learning rate rises from 0.")
+    learning_rate: float = _knob(1e-5, "AdamW's learning rate for the policy, and for a trunk shared with the critic.")
+    critic_learning_rate: float | None = _knob(
+        None, "Learning rate of the value head or critic (default: learning_rate)."
+    )
+    lr_scheduler_type: str = _knob("constant", f"Learning rate schedule over the iterations: {', '.join(SCHEDULES)}.")
+    warmup_steps: int = _knob(0, "Iterations of linear learning rate warm-up.")
     weight_decay: float = _knob(0.0, "AdamW's weight decay.")
     adam_beta1: float = _knob(0.9, "AdamW's beta1.")
     adam_beta2: float = _knob(0.999, "AdamW's beta2.")
     adam_epsilon: float = _knob(1e-8, "AdamW's epsilon.")
-    max_grad_norm: float = _knob(1.0, "Clip of the global gradient norm, on every optimizer step.")
+    max_grad_norm: float = _knob(1.0, "Maximum global gradient norm; gradients are clipped on every optimizer step.")
 
     # Reporting and saving
-    logging_steps: int = _knob(1, "Iterations between rows sent to trackers and printed; metrics.jsonl has them all.")
-    eval_steps: int | None = _knob(None, "Iterations between evaluations on eval_dataset (default: none).")
+    logging_steps: int = _knob(1, "Report to trackers and print every so many iterations; metrics.jsonl has every one.")
+    eval_steps: int | None = _knob(None, "Iterations between evaluations on eval_dataset (default: no evaluation).")
     eval_completions: int = _knob(128, "Completions per evaluation, over all processes.")
     save_steps: int | None = _knob(None, "Iterations between checkpoints (default: only at the end).")
-    save_rollouts: int = _knob(0, "Completions kept with each checkpoint, for `lmppo explain`.")
-    save_total_limit: int | None = _knob(None, "Checkpoints to keep (at least 2; default: all).")
-    log_completions: int = _knob(0, "Completions shown in a table at every logged step.")
-    report_to: list[str] = _knob([], "Trackers of accelerate to report to: tensorboard, wandb, trackio, ...")
+    save_rollouts: int = _knob(0, "Completions saved with each checkpoint, for `lmppo explain`.")
+    save_total_limit: int | None = _knob(None, "Maximum number of checkpoints to keep, at least 2 (default: all).")
+    log_completions: int = _knob(0, "Completions to print at every logged step, and to write to completions.jsonl.")
+    report_to: list[str] = _knob([], "accelerate trackers to report to: tensorboard, wandb, trackio, ...")
     run_name: str = _knob("lmppo", "Name of the run in the trackers.")
-    disable_tqdm: bool = _knob(False, "No progress bar.")
+    disable_tqdm: bool = _knob(False, "Disable the progress bar.")
 
     # Replaced; here so that files and flags that still have them get an error which says what to set
     kl_estimator: str | None = field(default=None, repr=False, metadata={"help": argparse.SUPPRESS})
@@ -285,7 +296,7 @@ class PPOConfig:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}.{hint}")
 
     def _contradictions(self) -> list[tuple[bool, str]]:
-        """Settings that make no sense together: whether they are there, and what to do."""
+        """Settings that contradict each other: whether they do here, and the message."""
         whole = self.ppo_epochs == 1 and self.minibatch_size == self.rollout_batch_size
         return [
             (
@@ -316,7 +327,7 @@ class PPOConfig:
             ),
             (
                 self.objective == "policy_gradient" and not whole,
-                f"objective='policy_gradient' holds for one step per rollout (N3): set ppo_epochs=1 and "
+                f"objective='policy_gradient' is valid for one step per rollout only: set ppo_epochs=1 and "
                 f"minibatch_size=rollout_batch_size={self.rollout_batch_size}, or objective='importance_sampled'.",
             ),
             (

@@ -21,7 +21,7 @@ class FixedKL:
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """The configuration decides: a resumed run keeps the coefficient it was started with now."""
+        """Ignored: a resumed run uses the coefficient in its configuration."""
 
 
 @dataclass
@@ -34,8 +34,8 @@ class AdaptiveKL:
         coef  = coef * (1 + error * n / horizon)
 
     Args:
-        coef: Starting coefficient.
-        target: KL to the reference to hold, in nats per completion.
+        coef: Initial coefficient.
+        target: Target KL to the reference, in nats per completion.
         horizon: Completions over which a full error changes the coefficient by 20 %.
     """
 
@@ -46,13 +46,13 @@ class AdaptiveKL:
     highest: float = 1e3
 
     def update(self, kl_to_ref: float, n_completions: int) -> None:
-        """Raise the coefficient if the policy strayed too far, lower it if it stayed too close.
+        """Raise the coefficient if the KL is above the target, lower it if below.
 
         Raises:
             ValueError: ``kl_to_ref`` is not finite; the coefficient is left as it was.
         """
         if not math.isfinite(kl_to_ref):
-            raise ValueError(f"kl_to_ref={kl_to_ref} is not finite: the policy or the reference has broken down.")
+            raise ValueError(f"kl_to_ref={kl_to_ref} is not finite: the policy or the reference has diverged.")
         error = min(max(kl_to_ref / self.target - 1.0, -0.2), 0.2)
         factor = max(1.0 + error * n_completions / self.horizon, 0.1)
         self.coef = min(max(self.coef * factor, self.lowest), self.highest)
@@ -68,16 +68,16 @@ class AdaptiveKL:
 
 @dataclass
 class AdaptiveBeta:
-    """The price of a nat between old and new policy: Schulman et al. 2017 (arXiv 1707.06347), section 4; N17.
+    """The coefficient beta of the KL between old and new policy: Schulman et al. 2017 (arXiv 1707.06347), section 4.
 
-    After each update, with ``kl`` the mean KL(old || new) per token that it caused::
+    After each update, with ``kl`` its mean KL(old || new) per token::
 
         beta = beta / 2  if kl < target / 1.5
         beta = beta * 2  if kl > target * 1.5
 
     Args:
-        coef: First beta.
-        target: KL per update to aim at, in nats per token. None: beta stays.
+        coef: Initial beta.
+        target: Target KL of an update, in nats per token. None: beta is fixed.
     """
 
     coef: float
@@ -86,13 +86,13 @@ class AdaptiveBeta:
     highest: float = 1e6
 
     def update(self, kl: float) -> None:
-        """Make the next update shorter or longer.
+        """Double or halve beta if the KL is off its target.
 
         Raises:
             ValueError: ``kl`` is not finite; beta is left as it was.
         """
         if not math.isfinite(kl):
-            raise ValueError(f"KL(old || new)={kl} is not finite: the update has broken the policy.")
+            raise ValueError(f"KL(old || new)={kl} is not finite: the policy has diverged.")
         if self.target is None:
             return
         factor = 0.5 if kl < self.target / 1.5 else 2.0 if kl > self.target * 1.5 else 1.0
@@ -103,7 +103,7 @@ class AdaptiveBeta:
         return {"coef": self.coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from a saved beta; a fixed one is what the configuration says now."""
+        """Continue from a saved beta; a fixed beta comes from the configuration."""
         if self.target is not None:
             self.coef = float(state["coef"])
 

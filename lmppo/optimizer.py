@@ -35,8 +35,8 @@ def learning_rate_at(iteration: int, base: float, config: PPOConfig) -> float:
 
     Args:
         iteration: From 0.
-        base: The rate at its highest.
-        config: Gives ``lr_scheduler_type``, ``warmup_steps`` and ``max_steps``.
+        base: The peak rate.
+        config: Its ``lr_scheduler_type``, ``warmup_steps`` and ``max_steps`` are used.
     """
     if iteration < config.warmup_steps:
         return base * (iteration + 1) / (config.warmup_steps + 1)
@@ -49,7 +49,7 @@ def learning_rate_at(iteration: int, base: float, config: PPOConfig) -> float:
 
 
 def set_learning_rates(optimizer: Any, iteration: int, config: PPOConfig) -> tuple[float, float]:
-    """Give the optimizer's two groups, policy and critic, their rates of this iteration; returns them."""
+    """Set the learning rates of the optimizer's two groups, policy and critic, for this iteration, and return them."""
     bases = (config.learning_rate, config.critic_learning_rate or config.learning_rate)
     rates = tuple(learning_rate_at(iteration, base, config) for base in bases)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -1,6 +1,6 @@
 """Curves of a run as one PNG, from its ``metrics.jsonl``.
 
-Importing it needs the ``plots`` extra, so that a recipe without it fails before its training and not after.
+Importing this module needs the ``plots`` extra, so that a recipe without it fails before training rather than after.
 """
 
 import json
@@ -31,7 +31,7 @@ def read_metrics(run_dir: str | Path) -> list[dict]:
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
-        raise FileNotFoundError(f"{run_dir} holds no metrics.jsonl: give the output_dir of a run.")
+        raise FileNotFoundError(f"{run_dir} has no metrics.jsonl: give the output_dir of a run.")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""Prompts: a data set of text, chat messages or token ids becomes batches in an order that can be resumed exactly.
+"""Prompts: turns a data set of text, chat messages or token ids into batches, in an order that resumes exactly.
 
 The order is a pure function of (seed, epoch, position): the only state is the number of prompts drawn so far.
 """
@@ -26,8 +26,8 @@ class PromptBatch:
     """The prompts of one iteration, over all processes, each repeated ``num_generations`` times in a row.
 
     Attributes:
-        prompts: Per completion, the prompt as the data set has it (text or messages; token ids are decoded).
-        input_ids: Per completion, the prompt's tokens.
+        prompts: The prompt of each completion as in the data set (text or messages; token ids are decoded).
+        input_ids: The prompt's tokens, for each completion.
         columns: The data set's other columns, one value per completion.
     """
 
@@ -39,7 +39,7 @@ class PromptBatch:
         return len(self.prompts)
 
     def rows(self, rows: range) -> "PromptBatch":
-        """The batch of some rows only."""
+        """The batch with only these rows."""
         return PromptBatch(
             self.prompts[rows.start : rows.stop],
             self.input_ids[rows.start : rows.stop],
@@ -63,14 +63,14 @@ def is_conversational(prompt: Any) -> bool:
 
 
 def check_prompt(prompt: Any, where: str) -> None:
-    """Refuse what is neither text nor chat messages nor token ids.
+    """Refuse a prompt that is not text, chat messages or token ids.
 
     Args:
-        prompt: A prompt as the data set has it.
-        where: Its row, for the message.
+        prompt: A prompt from the data set.
+        where: How messages name its row.
 
     Raises:
-        ValueError: It is null or something else.
+        ValueError: It is null or of another type.
     """
     if prompt is None:
         raise ValueError(f"{where}: `prompt` is null. Remove the row, or give it a prompt.")
@@ -89,14 +89,14 @@ def check_prompt(prompt: Any, where: str) -> None:
 
 
 class PromptEncoder:
-    """Turns a data row's prompt into tokens, and refuses what cannot be sampled from.
+    """Turns the prompt of a data row into tokens, and refuses prompts that cannot be sampled from.
 
     Args:
         tokenizer: The policy's tokenizer.
         vocab_size: Rows of the policy's embedding.
-        max_positions: The shortest context of the models that read prompt and completion, or None: no limit.
-        max_completion_length: Room the completion needs.
-        reader: The model whose context that is, for messages.
+        max_positions: The shortest context among the models that read prompt and completion, or None for no limit.
+        max_completion_length: Positions that the completion needs.
+        reader: How messages name the model with that context.
     """
 
     def __init__(
@@ -115,15 +115,15 @@ class PromptEncoder:
         self.max_completion_length = max_completion_length
 
     def encode(self, row: Any, where: str) -> tuple[Prompt, list[int]]:
-        """The prompt as reward functions see it, and its tokens.
+        """The prompt as reward functions receive it, and its tokens.
 
         Args:
             row: A row of the data set.
-            where: Which one, for messages.
+            where: How messages name it.
 
         Raises:
             ValueError: The row has no prompt, or one that is empty, too long, or not text, messages or token ids; or
-                it has a column that would hide what was sampled from reward functions.
+                it has a column with the name of an argument of reward functions.
         """
         if isinstance(row, dict) and "prompt" not in row:
             raise ValueError(
@@ -135,7 +135,7 @@ class PromptEncoder:
         clash = [name for name in REWARD_ARGUMENTS if isinstance(row, dict) and name in row]
         if clash:
             raise ValueError(
-                f"{where} has a column `{clash[0]}`, the name under which reward functions get what belongs to the "
+                f"{where} has a column `{clash[0]}`, a name that reward functions use for an argument from the "
                 f"rollout. Rename the column (dataset.rename_column({clash[0]!r}, 'my_{clash[0]}')) or remove it."
             )
         if isinstance(prompt, str):
@@ -159,7 +159,7 @@ class PromptEncoder:
     def _check(self, ids: Sequence[int], where: str) -> None:
         if not ids:
             raise ValueError(
-                f"{where}: the prompt has no tokens, and a language model needs something to go on from. Remove "
+                f"{where}: the prompt has no tokens, and a language model needs at least one to continue. Remove "
                 f"the row, or give it the beginning-of-text token."
             )
         if max(ids) >= self.vocab_size or min(ids) < 0:
@@ -176,18 +176,18 @@ class PromptEncoder:
 
 
 class PromptStream:
-    """Batches of prompts without end: epoch after epoch, each row once per epoch, no row left over.
+    """An endless stream of batches of prompts, in which each epoch visits every row exactly once.
 
-    A map-style data set (anything with a length and integer indexing) is checked whole before training, and visited in
+    A map-style data set (anything with a length and integer indexing) is checked completely before training, and visited in
     a new order each epoch. A streaming one is read in its own order and checked row by row.
 
     Args:
-        dataset: Rows of ``{"prompt": ..., other columns}``, or of bare prompts. Where it is a part of another data set,
-            its attribute ``row_numbers``, if it has one, says which rows those are; messages name them.
-        encoder: Makes tokens of the prompts.
+        dataset: Rows of ``{"prompt": ..., other columns}``, or of bare prompts. If it is part of another data set, its
+            attribute ``row_numbers``, where present, gives the rows' numbers there, for messages.
+        encoder: Turns prompts into tokens.
         seed: Seeds the order.
         shuffle: Whether to shuffle (map-style only).
-        name: What messages call the data set.
+        name: How messages name the data set.
 
     Raises:
         ValueError: The data set is empty, or a row's prompt is not usable.
@@ -211,13 +211,13 @@ class PromptStream:
         self.is_map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         if type(dataset).__name__ == "DataFrame":
             raise ValueError(
-                f"{name}: the data set is a DataFrame; expected rows. Give datasets.Dataset.from_pandas(...) of it."
+                f"{name}: the data set is a DataFrame; expected rows. Give datasets.Dataset.from_pandas(...) instead."
             )
         readable = self.is_map_style or isinstance(dataset, Iterable)
         if not readable or isinstance(dataset, str | dict | Iterator):
             raise ValueError(
                 f"{name}: the data set is a {type(dataset).__name__}; expected a Dataset (one split of it), a list of "
-                f"rows, or an iterable of rows that can be started over (an iterator or a generator cannot)."
+                f"rows, or an iterable of rows that can be restarted (an iterator or a generator cannot)."
             )
         self._iterator: Iterator[Any] | None = None
         self._read = 0
@@ -229,7 +229,7 @@ class PromptStream:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What tells this data set's prompts, in their order, from others; of a streaming one only that it is one."""
+        """Identifies the data set's prompts and their order; a streaming data set is identified only as streaming."""
         if not self.is_map_style:
             return "streaming"
         ids = json.dumps([ids for _, ids in self._encoded]).encode()
@@ -246,12 +246,12 @@ class PromptStream:
         return {"drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after that many prompts."""
+        """Continue after the number of prompts in ``state``."""
         self.drawn = int(state["drawn"])
         self._iterator = None
 
     def _where(self, row: int) -> str:
-        """How messages call a row."""
+        """How messages name a row."""
         numbers = getattr(self.dataset, "row_numbers", None)
         if numbers is None:
             return f"Row {row} of {self.name}"
@@ -284,15 +284,15 @@ class PromptStream:
             row = next(self._iterator, None)
         if row is None:
             raise ValueError(
-                f"{self.name}: the streaming data set has no row after row {self._read}: it is empty, or did not start "
-                f"over at iter()."
+                f"{self.name}: the streaming data set has no row after row {self._read}: it is empty, or did not "
+                f"restart at iter()."
             )
         self._read += 1
         return row
 
 
 def make_batch(drawn: Sequence[tuple[Any, Prompt, list[int]]], num_generations: int = 1) -> PromptBatch:
-    """Encoded rows as a batch, each ``num_generations`` times in a row."""
+    """Encoded rows as a batch, each repeated ``num_generations`` times in a row."""
     repeated = [item for item in drawn for _ in range(num_generations)]
     names = [n for n in (drawn[0][0] if isinstance(drawn[0][0], dict) else {}) if n != "prompt"]
     columns = {name: [row.get(name) for row, _, _ in repeated] for name in names}
@@ -300,12 +300,12 @@ def make_batch(drawn: Sequence[tuple[Any, Prompt, list[int]]], num_generations: 
 
 
 def cut_prompts(dataset: Any, tokenizer: Tokenizer, prompt_tokens: int) -> Any:
-    """A `datasets.Dataset` with a ``text`` column gets a ``prompt`` column: the text's first tokens, as token ids.
+    """Replace a data set's ``text`` column with a ``prompt`` column: the first tokens of each text, as token ids.
 
-    The result's ``row_numbers`` say which rows it kept.
+    The result's ``row_numbers`` are the rows that were kept.
 
     Args:
-        dataset: The data set; texts shorter than ``prompt_tokens`` are left out.
+        dataset: A `datasets.Dataset`; texts shorter than ``prompt_tokens`` are left out.
         tokenizer: The policy's tokenizer.
         prompt_tokens: Tokens of each prompt.
 
@@ -319,7 +319,7 @@ def cut_prompts(dataset: Any, tokenizer: Tokenizer, prompt_tokens: int) -> Any:
         for row, text in zip(rows, texts, strict=True):
             if not isinstance(text, str):
                 kind = "null" if text is None else f"a {type(text).__name__}"
-                raise ValueError(f"Row {row}: `text` is {kind}; expected text. Mend the row or remove it.")
+                raise ValueError(f"Row {row}: `text` is {kind}; expected text. Correct the row or remove it.")
         ids = tokenizer(texts, truncation=True, max_length=prompt_tokens)["input_ids"]
         return {"prompt": [row if len(row) == prompt_tokens else None for row in ids]}
 

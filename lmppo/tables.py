@@ -1,4 +1,4 @@
-"""Prompts and completions as a table that a person likes to read."""
+"""Tables for the terminal: prompts with their completions, and metrics side by side."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ def print_completions(
     Args:
         title: Title of the table.
         prompts: Text, or chat messages (their contents are shown).
-        completions: Text; control characters are shown, not obeyed.
-        columns: Further columns; numbers are rounded.
-        rows: How many rows.
+        completions: Text; control characters are escaped.
+        columns: Additional columns; numbers are rounded.
+        rows: Maximum number of rows.
     """
     table = Table(title=title, show_lines=True, expand=False)
     for name in ("prompt", "completion", *columns):

@@ -1,11 +1,13 @@
-"""TRPO: one natural-gradient step within a ball of KL around the policy that sampled the batch (N16).
+"""TRPO: one natural-gradient step within a ball of KL around the policy that sampled the batch.
 
 ``maximize mean ratio_t * A_t  subject to  mean KL(old || new) <= trpo_max_kl``, means over all counted tokens
 
 To second order the KL is ``0.5 * s^T F s`` in the step ``s``, with ``F`` the Fisher matrix, so the best direction solves
 ``F x = g`` for the gradient ``g`` of the surrogate, and the longest step within the ball is
 ``sqrt(2 * trpo_max_kl / x^T F x) * x``. F is never built: conjugate gradients need only its products with vectors.
-Each costs about three times a forward and backward pass of PPO: N16's trouble, and why N17 has a clip instead.
+Each costs about three times a forward and backward pass of PPO, which is why PPO clips instead.
+
+Background: docs/notes.md, "TRPO".
 """
 
 import functools
@@ -51,7 +53,7 @@ def trpo_update(
     (Schulman's code measures it with the damped F, and falls short where the curvature is small).
 
     Schulman et al. 2015 (arXiv 1502.05477), eq. 14 (the problem; here a state's KL is averaged over the tokens that
-    count), section 6 and appendix C (conjugate gradients, line search); Kakade 2001 (the natural gradient); N16.
+    count), section 6 and appendix C (conjugate gradients, line search); Kakade 2001 (the natural gradient).
 
     Args:
         model: Policy and critic, plain or wrapped for data parallelism.
@@ -135,7 +137,7 @@ def conjugate_gradients(
 ) -> Tensor:
     """The solution of ``A x = target`` from products with A alone, exact after as many steps as A has eigenvalues.
 
-    Hestenes and Stiefel 1952; Schulman et al. 2015 (arXiv 1502.05477), appendix C; N16.
+    Hestenes and Stiefel 1952; Schulman et al. 2015 (arXiv 1502.05477), appendix C.
 
     Args:
         product: ``v -> A v`` for a symmetric, positive definite A.
@@ -196,7 +198,7 @@ class PolicyBatch:
     def fisher_vector_product(self, v: Tensor) -> Tensor:
         """``(N,)`` product of the Fisher matrix with ``v (N,)``: the Hessian of the mean KL(old || new) at new = old.
 
-        ``F v = grad (grad KL . v)``. Schulman et al. 2015 (arXiv 1502.05477), appendix C.1; N16.
+        ``F v = grad (grad KL . v)``. Schulman et al. 2015 (arXiv 1502.05477), appendix C.1.
         """
 
         def one_product(micro: Experience) -> Tensor:

@@ -2,7 +2,7 @@
 
     python recipes/estimator_lab.py --output_dir runs/estimator-lab
 
-Writes lab.md (the tables), lab.json (every number) and lab-*.png; docs/notes.md tells what they show.
+Writes lab.md (the tables), lab.json (every number) and lab-*.png; docs/notes.md explains them.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How much is drawn and trained."""
+    """How much to sample and train."""
 
     sizes: list[int]
     batches: int
@@ -85,10 +85,12 @@ def main() -> None:
     """Run the lab, print its tables, and write everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/estimator-lab"))
-    parser.add_argument("--quick", action="store_true", help="Little of everything: a few seconds, rough numbers.")
+    parser.add_argument(
+        "--quick", action="store_true", help="A small version of everything: a few seconds, rough numbers."
+    )
     args = parser.parse_args()
     started = time.perf_counter()
-    torch.set_num_threads(1)  # the model is far too small to share out
+    torch.set_num_threads(1)  # the model is too small for several threads
     disable_progress_bar()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     lab = run(QUICK if args.quick else FULL)

@@ -100,7 +100,7 @@ def curves(problem: Problem, size: int, batches: int) -> dict[str, dict[str, Any
 
 
 def bandits(size: int, batches: int) -> dict[str, dict[str, Any]]:
-    """N6: slot machines that pay by the arm alone, and machines that keep state; one distribution over arms per pull."""
+    """Slot machines that pay by the arm alone, and machines that keep state; one distribution over arms per pull."""
     completions = enumerate_completions(vocab_size=3, horizon=4)
     logits = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5)).requires_grad_()
     pay_of_arm = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)[completions.ids]

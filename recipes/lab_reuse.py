@@ -57,7 +57,7 @@ def reuse(passes: int, seeds: int, steps: int = 10) -> dict[str, dict[str, list[
 
 
 def streams(steps: int) -> dict[str, dict[str, Any]]:
-    """A critic output for each stream against that stream's true values, while the policy is frozen (N8).
+    """A critic output for each stream against that stream's true values, while the policy is frozen.
 
     ``error``: after each step, the root mean square error over the states that are visited, over the true values'
     standard deviation. ``states``: true value and critic's value of each state at the end.

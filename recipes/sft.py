@@ -21,14 +21,14 @@ from reward_models.reviews import load_reviews
 
 @dataclass
 class TinyGPT2Arguments:
-    """The size of the model and of its vocabulary, and how much held-out text is scored."""
+    """The size of the model and its vocabulary, and the amount of held-out text to score."""
 
     vocab_size: int = field(default=8192, metadata={"help": "Size of the byte-level BPE vocabulary."})
     n_embd: int = field(default=192, metadata={"help": "Width of the model."})
     n_layer: int = field(default=4, metadata={"help": "Number of transformer blocks."})
     n_head: int = field(default=6, metadata={"help": "Number of attention heads."})
-    dropout: float = field(default=0.1, metadata={"help": "Dropout while training; the saved config has none."})
-    eval_reviews: int = field(default=400, metadata={"help": "Held-out reviews scored for bits per byte."})
+    dropout: float = field(default=0.1, metadata={"help": "Dropout during training; the saved configuration has none."})
+    eval_reviews: int = field(default=400, metadata={"help": "Held-out reviews to score in bits per byte."})
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
     trainer.train()
     seconds = time.perf_counter() - started
     trainer.save_model(args.output_dir)
-    Path(args.output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle, and the YAML says the same
+    Path(args.output_dir, "training_args.bin").unlink(missing_ok=True)  # a pickle, with the same content as the YAML
     if not trainer.is_world_process_zero():
         return
 

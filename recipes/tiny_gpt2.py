@@ -15,7 +15,7 @@ SAMPLE_PROMPTS = ("This movie", "The acting was", "I watched this with my family
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in GPT-2's manner; ``<|endoftext|>`` is its only special token and pads as well."""
+    """A byte-level BPE like GPT-2's; ``<|endoftext|>`` is its only special token, and also the padding token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -91,8 +91,8 @@ def publish(directory: str, report: dict[str, Any], held_out: list[str], block: 
 
     Args:
         directory: Holds the trained model and its tokenizer; the 16-bit weights replace the 32-bit ones.
-        report: What is known of the training.
-        held_out: Texts no training saw.
+        report: Facts about the training.
+        held_out: Texts not used in training.
         block: Tokens per forward pass.
 
     Returns:

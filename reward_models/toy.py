@@ -6,6 +6,8 @@ PPO with a KL penalty maximizes E[R(y)] - kl_coef * KL(pi || pi_ref). Over any s
 
 (Ziegler et al. 2019, arXiv 1909.08593, section 2.1). The outcomes are whole completions, or whatever of them the
 reward looks at: their lengths, the count of a token, or, where tokens are independent, a single token.
+
+Background: docs/notes.md, "The immediate reward alone" and "Sparse and dense rewards".
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ def target_token(token_id: int) -> RewardFn:
     """1 for every completion token that is ``token_id``, 0 for every other: a dense reward.
 
     For completions of a fixed length whose tokens the reference draws independently, the target with probability p,
-    the optimum draws it with ``optimal_probability(p, 1, kl_coef=...)``; see N6 of the notes.
+    the optimum draws it with ``optimal_probability(p, 1, kl_coef=...)``.
     """
 
     def target_token(completion_ids: list[list[int]], **kwargs: Any) -> list[list[float]]:
@@ -35,7 +37,7 @@ def target_token(token_id: int) -> RewardFn:
 def token_count(token_id: int) -> RewardFn:
     """How often ``token_id`` occurs in the completion: the total and the optimum of :func:`target_token`, paid at once.
 
-    The same problem with the credit left to the advantage estimator; see N4 and N12 of the notes.
+    The same problem with the credit left to the advantage estimator.
     """
 
     def token_count(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:

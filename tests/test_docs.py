@@ -1,5 +1,6 @@
 """The documentation says what the code does: tables against the code, examples run, links that lead somewhere."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -80,6 +81,32 @@ def test_the_reward_examples_run(tmp_path):
     assert len(blocks) >= 8
     (tmp_path / "rewards.py").write_text("\n".join(blocks))
     runpy.run_path(str(tmp_path / "rewards.py"))
+
+
+def test_the_code_names_ideas_and_not_the_numbers_of_the_notes():
+    """Only docs/notes.md numbers its sections; a module may point to them by title."""
+    headings = re.findall(r"^##+ (?:N\d+ )?(.*)$", (DOCS / "notes.md").read_text(), re.MULTILINE)
+    sources = [path for folder in ("lmppo", "reward_models", "recipes") for path in (ROOT / folder).rglob("*.py")]
+    assert len(sources) > 40
+    for path in sources:
+        text = path.read_text()
+        assert not re.findall(r"\bN\d{1,2}\b", text), path
+        pointers = re.findall(r"^Background: docs/notes\.md, (.*)$", text, re.MULTILINE)
+        titles = re.findall(r'"([^"]+)"', " ".join(pointers))
+        assert len(pointers) <= 1 and set(titles) <= set(headings), (path, titles)
+
+
+def test_the_readme_example_runs_and_learns(tmp_path, monkeypatch):
+    """As it is printed, from a directory that looks like the repository's root."""
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "example.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("example.py")
+    (run,) = (tmp_path / "runs").iterdir()
+    rewards = [json.loads(line)["reward"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(rewards) == 10 and sum(rewards[-5:]) > 5 * sum(rewards[:5])
+    assert (run / "final" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

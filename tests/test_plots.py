@@ -25,5 +25,5 @@ def test_a_run_is_drawn_gaps_and_all(tmp_path):
 
 
 def test_a_directory_without_a_run_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no metrics.jsonl"):
+    with pytest.raises(FileNotFoundError, match="has no metrics.jsonl"):
         plot_run(tmp_path)

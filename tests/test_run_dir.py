@@ -221,7 +221,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_replaced(tmp_path, unint
     damage(tmp_path, 3)
     trainer = resumed(tmp_path, save_steps=1)
     output = capsys.readouterr().out
-    assert "Passed over a damaged checkpoint" in output and "step-000003: optimizer.safetensors is not" in output
+    assert "Skipped a damaged checkpoint" in output and "step-000003: optimizer.safetensors is not" in output
     assert "at step 2" in output
     assert_same(weights(trainer), weights(uninterrupted("shared")))
     assert metrics_rows(tmp_path) == metrics_rows(uninterrupted("shared").args.output_dir)
@@ -359,12 +359,12 @@ def test_without_asking_nothing_is_continued_or_overwritten(finished, resume):
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"learning_rate": 3e-3}, r"learning_rate: 0.01 there, 0.003 now"),
-        ({"seed": 1}, "seed: 42 there, 1 now"),
-        ({"rollout_batch_size": 4}, "rollout_batch_size: 8 there, 4 now"),
-        ({"estimator": "rewards_to_go"}, "estimator: 'gae' there, 'rewards_to_go' now"),
-        ({"dataset": [{"prompt": "a"}] * 6}, "train_dataset: '6 prompts, sha256 [0-9a-f]+' there, '6 prompts"),
-        ({"run_settings": {"data": "b"}}, "run_settings: {} there, {'data': 'b'} now"),
+        ({"learning_rate": 3e-3}, r"learning_rate: was 0.01, now 0.003"),
+        ({"seed": 1}, "seed: was 42, now 1"),
+        ({"rollout_batch_size": 4}, "rollout_batch_size: was 8, now 4"),
+        ({"estimator": "rewards_to_go"}, "estimator: was 'gae', now 'rewards_to_go'"),
+        ({"dataset": [{"prompt": "a"}] * 6}, "train_dataset: was '6 prompts, sha256 [0-9a-f]+', now '6 prompts"),
+        ({"run_settings": {"data": "b"}}, "run_settings: was {}, now {'data': 'b'}"),
     ],
 )
 def test_another_configuration_is_refused_under_auto(finished, change, named):
@@ -375,7 +375,7 @@ def test_another_configuration_is_refused_under_auto(finished, change, named):
 
 
 def test_another_critic_or_adapter_is_another_run(finished):
-    for kind, named in (("separate", "critic: None there"), ("lora", "adapter: None there")):
+    for kind, named in (("separate", "critic: was None"), ("lora", "adapter: was None")):
         with pytest.raises(CheckpointError, match=named):
             resumed(finished, kind)
 
@@ -384,7 +384,7 @@ def test_another_rank_is_another_run(tmp_path):
     crash(tmp_path, "lora")
     config = lora()
     config.r = 4
-    with pytest.raises(CheckpointError, match=r"adapter: .*'r': 2.* there, .*'r': 4.* now"):
+    with pytest.raises(CheckpointError, match=r"adapter: was .*'r': 2.*, now .*'r': 4"):
         resumed(tmp_path, "shared", peft_config=config)
 
 
@@ -411,7 +411,7 @@ def test_auto_starts_where_there_is_nothing(tmp_path):
 def test_a_directory_that_holds_something_else_is_left_alone(tmp_path):
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "thesis.tex").write_text("important")
-    with pytest.raises(CheckpointError, match="holds no run_config.yaml: choose another one"):
+    with pytest.raises(CheckpointError, match="has no run_config.yaml: choose another one"):
         resumed(tmp_path)
     assert (tmp_path / "final" / "thesis.tex").read_text() == "important"
 
@@ -431,7 +431,7 @@ def test_a_named_checkpoint_with_new_settings_saves_its_own_end(copy_of_finished
 
 
 def test_a_missing_checkpoint_names_those_there_are(finished):
-    with pytest.raises(CheckpointError, match=r"step-000007' is no directory.*step-000002, step-000004"):
+    with pytest.raises(CheckpointError, match=r"step-000007' is not a directory.*step-000002, step-000004"):
         resumed(finished, resume_from_checkpoint=str(checkpoint_dir(finished, 7)))
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         resumed(finished, resume_from_checkpoint=str(finished / "final"))

@@ -1,15 +1,15 @@
-"""The page of ``lmppo explain``: one HTML file that needs nothing else, readable on light and on dark.
+"""The page of ``lmppo explain``: one self-contained HTML file, readable in light and dark mode.
 
-Tokens are coloured by advantage, blue for above 0 and orange for below, which colour-blind people can tell apart. All
-text is escaped; what a model wrote is never markup. The few lines of script copy the numbers of the token under the
-pointer from the table below it; without script the tables are there all the same.
+Tokens are colored by advantage, blue above 0 and orange below, which color-blind people can tell apart. All
+text is escaped, so that a model's output is never markup. A short script copies the numbers of the token under the
+pointer from the table below; without JavaScript the tables still work.
 """
 
 from html import escape
 from typing import Any
 
 _WIDTH, _HEIGHT, _LEFT, _MARGIN = 720, 130, 60, 10  # of the plots, in SVG units
-_DARKEST = 0.65  # opacity of the strongest colour: text stays readable on it
+_DARKEST = 0.65  # opacity of the strongest color: text stays readable
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1b1b; --quiet: #595959; --line: #d0d0d0; --card: #f6f6f6;
@@ -75,7 +75,7 @@ document.addEventListener("click", event => {
 
 
 def render_page(report: dict[str, Any]) -> str:
-    """The page of a report.
+    """Render a report as a page.
 
     Args:
         report: From :func:`lmppo.explain.make_report`.
@@ -103,36 +103,36 @@ def render_page(report: dict[str, Any]) -> str:
 
 
 def colour_scale(report: dict[str, Any]) -> float:
-    """The |advantage| that gets the strongest colour: 95 % of the tokens shown have less, so that one cannot dim all."""
+    """The |advantage| with the strongest color: the 95th percentile, so that one outlier does not dim all others."""
     sizes = sorted(abs(a) for c in report["completions"] for t in c["tokens"] if (a := t["advantage"]) is not None)
     return (sizes[int(0.95 * (len(sizes) - 1))] or sizes[-1] or 1.0) if sizes else 1.0
 
 
 def visible(text: str) -> str:
-    """Text with line ends and control characters shown, not obeyed."""
+    """Text with line ends and control characters made visible."""
     marks = {"\n": "⏎\n", "\t": "⇥\t"}
     return "".join(marks.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
 
 
 def in_one_line(text: str) -> str:
-    """As :func:`visible`, for a row of a table."""
+    """As :func:`visible`, on one line, for tables."""
     return visible(text).replace("\n", "").replace("\t", "")
 
 
 def label(token: dict[str, Any]) -> str:
-    """A token's text, or its name in the vocabulary if it has none of its own."""
+    """A token's text, or its name in the vocabulary if it has no text of its own."""
     return token["text"] or token["token"]
 
 
 def cell(value: float | bool | None) -> str:
-    """A number as it is shown; nothing for None."""
+    """A number as shown; empty for None."""
     if value is None:
         return ""
     return ("yes" if value else "no") if isinstance(value, bool) else f"{value:.3f}"
 
 
 def stream_facts(streams: dict[str, dict[str, float]]) -> str:
-    """The reward streams, each with its numbers."""
+    """The reward streams with their settings."""
     return ", ".join(f"{name} ({', '.join(f'{k} {v}' for k, v in facts.items())})" for name, facts in streams.items())
 
 
@@ -146,7 +146,7 @@ def _header(report: dict[str, Any], scale: float) -> str:
 <details><summary>Settings</summary>{_definitions(settings)}</details>
 <details><summary>What the columns mean</summary>{_definitions(report["columns"])}
 <p class="quiet">"Next" is the next token that counts; after the last one it is 0, or the critic's value where a cut
-completion is bootstrapped. Ratio, outside and clipped are those after the whole update; everything else was fixed
+completion is bootstrapped. Ratio, outside and clipped are computed after the whole update; everything else was fixed
 before it.</p></details>"""
 
 

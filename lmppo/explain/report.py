@@ -14,16 +14,16 @@ from lmppo.explain.page import cell, in_one_line, label, render_page, stream_fac
 from lmppo.explain.saved import TEXTS, SavedRollouts, load_saved_rollouts
 from lmppo.run.checkpoint import CheckpointError, checkpoint_dir, list_checkpoints
 
-# Settings worth seeing beside the numbers they made, where a run has them.
+# Settings shown beside the numbers, where a run has them.
 _SHOWN_SETTINGS = (
     "estimator", "baseline", "gamma", "lam", "critic_lam", "adaptive_lam_alpha", "whiten_advantages", "objective",
     "clip_range", "clip_range_high", "dual_clip", "kl_coef", "kl_form", "truncation", "temperature",
     "ppo_epochs", "learning_rate",
 )  # fmt: skip
 
-_TOKEN_WIDTH = 20  # of a table in the terminal; longer tokens are folded
+_TOKEN_WIDTH = 20  # in a terminal table; longer tokens are folded
 
-# Columns that say something only of tokens that the update learned from.
+# Columns defined only for tokens that the update learned from.
 _OF_THE_UPDATE = ("new", "ratio", "outside", "clipped")
 
 _WEIGHTS = {
@@ -42,20 +42,20 @@ def explain(
     format: str = "html",
     html: str | Path | None = None,
 ) -> Path | None:
-    """Show the completions kept with a checkpoint: write a page, or print a table or JSON.
+    """Show the completions saved with a checkpoint: write a page, or print a table or JSON.
 
     Args:
-        run: A run directory, or a checkpoint's.
+        run: A run directory, or the directory of a checkpoint.
         step: The checkpoint's step; None: the newest with saved rollouts.
-        rows: The completions, counted from 0; None: all.
+        rows: The completions to show, counted from 0; None: all.
         format: ``html``, ``table`` or ``json``.
-        html: Where the page is written; None: ``explain-step-N.html`` in the run directory.
+        html: Where to write the page; None: ``explain-step-N.html`` in the run directory.
 
     Returns:
-        The page's path, or None where something was printed.
+        The page's path, or None for the printed formats.
 
     Raises:
-        CheckpointError: There is no such run, checkpoint or row, or nothing was saved; the message has the remedy.
+        CheckpointError: There is no such run, checkpoint or row, or nothing was saved.
         OSError: The page cannot be written.
     """
     checkpoint = find_saved(Path(run), step)
@@ -76,7 +76,7 @@ def find_saved(run: Path, step: int | None = None) -> Path:
     """The checkpoint to explain.
 
     Args:
-        run: A run directory, or a checkpoint's (any directory with saved rollouts, or a manifest, is taken for one).
+        run: A run directory, or the directory of a checkpoint (recognized by saved rollouts or a manifest).
         step: The checkpoint's step; None: the newest with saved rollouts.
 
     Raises:
@@ -86,36 +86,40 @@ def find_saved(run: Path, step: int | None = None) -> Path:
         raise CheckpointError(f"There is no run {str(run)!r}: give a run's output_dir, or one of its checkpoints.")
     if (run / TEXTS).exists() or (run / "MANIFEST.json").exists():
         if step is not None:
-            raise CheckpointError(f"{run} is a checkpoint: leave --step out, or give the run's directory.")
+            raise CheckpointError(f"{run} is a checkpoint: omit --step, or give the run's directory.")
         return run
     found = list_checkpoints(run)
     if not found:
-        raise CheckpointError(f"{run} holds no checkpoint. One is written every save_steps and at the end of a run.")
+        raise CheckpointError(
+            f"{run} has no checkpoint. Checkpoints are written every save_steps and at the end of a run."
+        )
     if step is not None:
         wanted = checkpoint_dir(run, step)
         if wanted not in found:
-            raise CheckpointError(f"{run} has no checkpoint of step {step}. It has {', '.join(p.name for p in found)}.")
+            raise CheckpointError(
+                f"{run} has no checkpoint for step {step}. It has {', '.join(p.name for p in found)}."
+            )
         return wanted
     saved = [p for p in found if (p / TEXTS).exists()]
     if not saved:
         raise CheckpointError(
-            f"None of the {len(found)} checkpoints of {run} holds saved rollouts: train with save_rollouts=N to keep "
-            f"N of each."
+            f"None of the {len(found)} checkpoints in {run} has saved rollouts: train with save_rollouts=N to save "
+            f"N completions with each."
         )
     return saved[-1]
 
 
 def make_report(saved: SavedRollouts, checkpoint: Path, rows: list[int] | None = None) -> dict[str, Any]:
-    """All that is shown, as JSON values: what each column means, the settings, and each completion's tokens.
+    """Everything that is shown, as JSON values: the settings, the meaning of each column, and each completion's tokens.
 
     Raises:
-        CheckpointError: A row is not among the saved ones.
+        CheckpointError: A row was not saved.
     """
     known = range(len(saved.completions))
     for row in rows or []:
         if row not in known:
             raise CheckpointError(
-                f"{checkpoint} has no row {row}: its {len(known)} saved rows are 0 to {len(known) - 1}."
+                f"{checkpoint} has no row {row}: it has {len(known)} saved rows, 0 to {len(known) - 1}."
             )
     columns, with_lam = _columns(saved), saved.settings["estimator"] == "gae"
     completions = []
@@ -149,13 +153,13 @@ def make_report(saved: SavedRollouts, checkpoint: Path, rows: list[int] | None =
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print tables of each completion's tokens, no wider than the terminal: first the totals, then each stream alone."""
+    """Print tables of each completion's tokens, no wider than the terminal: the totals, then each reward stream."""
     console = Console()
     if not console.is_terminal:
         console.width = 240
     console.print(Text(f"{report['checkpoint']}  {report['settings']}"))
     console.print(Text(f"reward streams: {in_one_line(stream_facts(report['streams']))}"))
-    streams: dict[str, dict[str, str]] = {}  # stream -> quantity -> column; the totals' stream has no name
+    streams: dict[str, dict[str, str]] = {}  # stream -> quantity -> column; the totals are under an empty name
     for name in report["columns"]:
         quantity, _, stream = name.partition(" ")
         streams.setdefault(stream, {})[quantity] = name
@@ -172,9 +176,9 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _tables(tokens: list[dict[str, Any]], columns: dict[str, str], width: int) -> list[Table]:
-    """Columns (heading -> name) side by side, in as many tables as it takes to cut no number."""
+    """Columns (heading -> name) side by side, in as many tables as needed to show every number in full."""
     labels = [in_one_line(label(token)) for token in tokens]
-    frame = 3  # a column's two spaces and its line
+    frame = 3  # two spaces and a line per column
     start = len(str(len(tokens))) + min(_TOKEN_WIDTH, max(map(cell_len, ["token", *labels]))) + 2 * frame + 1
     groups: list[dict[str, list[str]]] = []
     used = width
@@ -200,14 +204,14 @@ def _tables(tokens: list[dict[str, Any]], columns: dict[str, str], width: int) -
 
 
 def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
-    """Name -> what it means, in words and equations, and its ``(N, T)`` numbers; each stream's after the totals."""
+    """Name -> its meaning, and its ``(N, T)`` numbers; the totals first, then each stream."""
     several = len(saved.streams) > 1
     total = ", summed over the streams" if several else ""
     columns = {
         "old": ("log-probability of the token under the policy that sampled it", saved.logprobs),
         "new": ("log-probability after this iteration's update", saved.new_logprobs),
         "ref": ("log-probability under the reference", saved.ref_logprobs),
-        "kl": ("old − ref, in nats: what this token adds to the KL estimate k1", saved.kl_to_ref),
+        "kl": ("old − ref, in nats: this token's part of the KL estimate k1", saved.kl_to_ref),
         "reward": (
             "the token's score, minus the KL penalty where that is in the reward" + total,
             saved.rewards.sum(-1),
@@ -218,12 +222,12 @@ def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
         ),
         "td": ("TD residual: reward + gamma × next value − value" + total, saved.td_residuals.sum(-1)),
         "advantage": (_advantage_meaning(saved.settings, total), saved.advantages),
-        "return": ("what the critic is taught to say here" + total, saved.returns.sum(-1)),
+        "return": ("the critic's training target" + total, saved.returns.sum(-1)),
         "to_go": ("reward to go: reward + gamma × the next token's reward to go" + total, saved.rewards_to_go.sum(-1)),
         "ratio": ("probability after the update over probability at sampling: exp(new − old)", saved.ratio),
         "outside": ("whether the ratio has left the band that the clip allows", saved.outside_band),
         "clipped": (
-            "whether the clip has made the loss flat: the ratio is beyond the edge that the advantage pushes it to",
+            "whether clipping has made the gradient 0: the ratio is outside the band on the side the advantage pushes it to",
             saved.clipped,
         ),
     }
@@ -241,14 +245,14 @@ def _advantage_meaning(settings: dict[str, Any], total: str) -> str:
     weight = _WEIGHTS.get(settings["estimator"], settings["estimator"]) + total
     meaning = f"the token's weight in the policy's gradient: {weight}"
     if settings["baseline"] == "auto":
-        meaning += " (of a critic that explains nothing of the batch: reward to go − the batch's mean)"
+        meaning += " (if the critic explains nothing in the batch: reward to go − the batch mean)"
     if settings["whiten_advantages"]:
-        meaning += "; shown as the update used it, whitened: minus its mean, over its standard deviation, in the batch"
+        meaning += "; shown as the update used it, whitened: minus the batch mean, over the batch standard deviation"
     return meaning
 
 
 def _tokens(saved: SavedRollouts, row: int, columns: dict[str, tuple[str, Any]]) -> list[dict[str, Any]]:
-    """One record per token; what is not known of a token, such as any number of one that does not count, is None."""
+    """One record per token; numbers that do not exist, such as those of a token that does not count, are None."""
     numbers = {name: values[row].tolist() for name, (_, values) in columns.items()}
     mask, learned, ids = (tensor[row].tolist() for tensor in (saved.mask, saved.learned, saved.completion_ids))
 
@@ -263,5 +267,5 @@ def _tokens(saved: SavedRollouts, row: int, columns: dict[str, tuple[str, Any]])
 
 
 def _number(value: float | bool) -> float | bool | None:
-    """A value that JSON can hold."""
+    """The value, or None where JSON cannot represent it."""
     return value if math.isfinite(value) else None

@@ -5,6 +5,8 @@ the episode ends after its last counted token. "Next" always means the next *cou
 ``gamma`` counts counted tokens: with gaps in the mask (tokens put there by an environment) every result is that of the
 same tokens without the gaps. Rows without a counted token give zeros. All functions are differentiable in rewards and
 values; the losses treat what comes out as constants.
+
+Background: docs/notes.md, "Trajectories" to "A smaller gamma", and "GAE".
 """
 
 import torch
@@ -31,7 +33,7 @@ def total_return(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor
     The plainest policy gradient: unbiased, and of high variance, since each token is also credited with what came
     before it. :func:`rewards_to_go` drops those terms.
 
-    Schulman et al. 2015 (arXiv 1506.02438), eq. 1, choice 1; N4.
+    Schulman et al. 2015 (arXiv 1506.02438), eq. 1, choice 1.
 
     Args:
         rewards: (B, T).
@@ -60,9 +62,9 @@ def rewards_to_go(
     ``R_t = r_t + gamma * R_next``, and ``R_next = bootstrap`` after the last counted token
 
     Same expected gradient as :func:`total_return` at ``gamma=1``, usually with less variance. Minus a critic's values
-    it is ``gae(..., lam=1)``, the weight the notes call usual for language models (N15).
+    it is ``gae(..., lam=1)``, the usual weight for language models.
 
-    Schulman et al. 2015 (arXiv 1506.02438), eq. 1, choice 2; N5.
+    Schulman et al. 2015 (arXiv 1506.02438), eq. 1, choice 2.
 
     Args:
         rewards: (B, T).
@@ -91,9 +93,7 @@ def immediate_rewards(rewards: Tensor, mask: Tensor) -> Tensor:
     ``R_t = r_t``
 
     Unbiased only if later rewards do not depend on the present token given the past, which for text they do; it equals
-    :func:`rewards_to_go` with ``gamma=0``, the far end of the compromise N7 describes.
-
-    N6.
+    :func:`rewards_to_go` with ``gamma=0``.
 
     Args:
         rewards: (B, T).
@@ -119,7 +119,7 @@ def td_residuals(
 
     The one-step advantage estimate: low variance, and as biased as the critic. It is ``gae(..., lam=0)``.
 
-    Schulman et al. 2015 (arXiv 1506.02438), eq. 1, choice 6, and eq. 11; N11.
+    Schulman et al. 2015 (arXiv 1506.02438), eq. 1, choice 6, and eq. 11.
 
     Args:
         rewards: (B, T).
@@ -157,13 +157,13 @@ def gae(
     ``A_t = delta_t + gamma * lam * A_next``, and ``A_next = 0`` after the last counted token
     ``returns_t = A_t + V_t``
 
-    ``lam`` trades variance for bias: ``lam=1`` *is* ``rewards_to_go(...) - values`` (no bias, N15), ``lam=0`` is
+    ``lam`` trades variance for bias: ``lam=1`` *is* ``rewards_to_go(...) - values`` (no bias), ``lam=0`` is
     :func:`td_residuals`. Smaller ``gamma`` also cuts variance, for tasks whose later rewards hardly depend on the
-    present token (N7). Where TRL zeroes masked values, so that a token before a gap or before the padding sees a next
+    present token. Where TRL zeroes masked values, so that a token before a gap or before the padding sees a next
     value of 0, here it sees the next counted token's, and after the last one the bootstrap value.
 
     Schulman et al. 2015 (arXiv 1506.02438), eq. 16, with eq. 17 (lam=0) and 18 (lam=1); Schulman et al. 2017 (arXiv
-    1707.06347), eq. 11 and 12, truncated at the end of the completion; N11.
+    1707.06347), eq. 11 and 12, truncated at the end of the completion.
 
     Args:
         rewards: (B, T), usually from :func:`~lmppo.functional.kl.kl_shaped_rewards`.
@@ -208,7 +208,7 @@ def length_adaptive_lam(mask: Tensor, *, lam: float, alpha: float) -> Tensor:
     get a negative lambda. The length is known only in hindsight: where it varies, the estimate is a little biased even
     with a true critic.
 
-    Yue et al. 2025 (VAPO, arXiv 2504.05118), section 4.2; N11.
+    Yue et al. 2025 (VAPO, arXiv 2504.05118), section 4.2.
 
     Args:
         mask: (B, T) completion mask, True = the token counts.
@@ -235,7 +235,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     ``1 - Var[returns - values] / Var[returns]``, population variances over counted tokens
 
     1: a perfect critic (up to a constant); 0: no better than a constant; below 0: the critic adds noise to the
-    advantages (N9, N10). Where all returns are equal there is nothing to explain and the answer is 0, whatever the
+    advantages. Where all returns are equal there is nothing to explain and the answer is 0, whatever the
     values are; and the quotient is capped at the largest number of its dtype: the answer is always finite.
 
     Args:

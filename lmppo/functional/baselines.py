@@ -1,7 +1,9 @@
 """Baselines that need no critic: means over the batch, or over other completions of the same prompt.
 
 A baseline is subtracted from the weights (returns) of :mod:`lmppo.functional.advantages`. What depends only on the state,
-or on other, independent completions, changes no expected gradient (EGLP, N10); it changes the variance.
+or on other, independent completions, changes no expected gradient (the expected grad-log-prob lemma), only the variance.
+
+Background: docs/notes.md, "A baseline".
 """
 
 from torch import Tensor
@@ -11,14 +13,14 @@ from lmppo.functional.masked import masked_mean
 
 
 def batch_mean_baseline(weights: Tensor, mask: Tensor) -> Tensor:
-    """The mean weight of all counted tokens, as everybody's baseline.
+    """The mean weight of all counted tokens, as the baseline of every token.
 
     ``b_t = mean over counted tokens of the batch of w``
 
     The mean contains the completion's own weights, so the expected gradient shrinks a little: for returns of N
     completions of equal length, by the factor 1 - 1/N. Whitening subtracts it as well.
 
-    Greensmith et al. 2004 (JMLR 5), section 4; N10, N15.
+    Greensmith et al. 2004 (JMLR 5), section 4.
 
     Args:
         weights: (B, T), for example from :func:`~lmppo.functional.advantages.rewards_to_go`.
@@ -44,7 +46,7 @@ def leave_one_out_baseline(weights: Tensor, mask: Tensor, *, group_size: int) ->
     part; where it leaves a completion alone, that one's baseline is 0.
 
     Kool et al. 2019 ("Buy 4 REINFORCE samples, get a baseline for free!"); Ahmadian et al. 2024 (arXiv 2402.14740),
-    section 3.2; N10.
+    section 3.2.
 
     Args:
         weights: (B, T); rows ``k * group_size`` to ``(k + 1) * group_size - 1`` answer one prompt.

@@ -14,6 +14,8 @@ unbiased if and only if its expectation, also a sum over all completions, is tha
 Grids are ``(N, T)``, completions by positions, and follow the conventions of this package: 0 where the mask is False.
 A state is the prefix before a token. Functions that take ``completions`` need the whole enumeration, in its order. As in
 the rest of this package, a wrong dtype is a TypeError, a wrong shape or number a ValueError, and nothing is broadcast.
+
+Background: docs/notes.md, "The lab" and "Q in place of the sample".
 """
 
 from collections.abc import Callable
@@ -61,7 +63,7 @@ def enumerate_completions(
 ) -> Completions:
     """Every completion of at most ``horizon`` tokens that ends at its first EOS, or is cut at the horizon.
 
-    Without an EOS there are ``V^T``, all of T tokens. N4: the trajectories tau, and the states s_t.
+    Without an EOS there are ``V^T``, all of T tokens. These are the trajectories, and the prefixes are the states.
 
     Args:
         vocab_size: V, 1 or more.
@@ -137,7 +139,7 @@ def expectation(logprobs: Tensor, x: Tensor) -> Tensor:
     """The mean of ``x`` over completions drawn from the policy.
 
     ``E[x] = sum_n P_n x_n`` with ``P_n = exp(sum_t logprobs[n, t])``. Detach ``logprobs`` for the expectation of a
-    loss, since a sampled loss sends no gradient through the sampling; attached, the gradient is that of E[x] (N1).
+    loss, since a sampled loss sends no gradient through the sampling; attached, the gradient is that of E[x].
 
     Args:
         logprobs: (N, T), from :func:`completion_logprobs`.
@@ -154,7 +156,7 @@ def expectation(logprobs: Tensor, x: Tensor) -> Tensor:
 def expected_return(completions: Completions, logprobs: Tensor, rewards: Tensor, *, gamma: float = 1.0) -> Tensor:
     """The true objective; its gradient, by autograd, is the true policy gradient.
 
-    ``J = sum_n P_n sum_t gamma^t r_t``. N1, N4.
+    ``J = sum_n P_n sum_t gamma^t r_t``
 
     Args:
         completions: N completions of T positions.
@@ -185,7 +187,7 @@ def mean_given_state(completions: Completions, logprobs: Tensor, x: Tensor) -> T
 
 
 def mean_given_action(completions: Completions, logprobs: Tensor, x: Tensor) -> Tensor:
-    """``E[x_t | s_t, a_t]``: what ``x_t`` is on average, given the state and token t (N9).
+    """``E[x_t | s_t, a_t]``: what ``x_t`` is on average, given the state and token t.
 
     Args and Returns: as :func:`mean_given_state`.
     """
@@ -197,7 +199,7 @@ def mean_given_action(completions: Completions, logprobs: Tensor, x: Tensor) -> 
 def state_values(completions: Completions, logprobs: Tensor, rewards: Tensor, *, gamma: float = 1.0) -> Tensor:
     """The true V of the state before every token: ``V(s_t) = E[sum_{u >= t} gamma^(u - t) r_u | s_t]``.
 
-    N9, N10, N13; with a ``gamma`` of its own for each kind of reward, N8.
+    With several kinds of reward, call it once for each, with that kind's ``gamma``.
 
     Args:
         completions: N completions of T positions.
@@ -214,7 +216,7 @@ def state_values(completions: Completions, logprobs: Tensor, rewards: Tensor, *,
 def action_values(completions: Completions, logprobs: Tensor, rewards: Tensor, *, gamma: float = 1.0) -> Tensor:
     """The true Q of every token, :func:`state_values` given the token too; their difference is the true advantage.
 
-    N9. Args and Returns: as :func:`state_values`.
+    Args and Returns: as :func:`state_values`.
     """
     return mean_given_action(completions, logprobs, rewards_to_go(rewards, completions.mask, gamma=gamma))
 

@@ -3,6 +3,8 @@
 The estimators see only the log-probabilities of tokens sampled from the *first* argument's policy, p, and estimate
 KL(p || q) = E_{a~p}[log p(a) - log q(a)]. They have no mask: each position is computed from its own two numbers, and
 :func:`kl_shaped_rewards` or :func:`~lmppo.functional.masked.masked_mean` drop what does not count.
+
+Background: docs/notes.md, "The KL penalty to the reference".
 """
 
 import torch
@@ -28,7 +30,7 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     ``k1_t = log p_t - log q_t``
 
     Its sum over a completion is the log-ratio of the completion, so E[sum_t k1_t] is the KL of the sequences. As a
-    *loss* it is useless: its own gradient, the score, has expectation 0 (N2).
+    *loss* it is useless: its own gradient, the score, has expectation 0.
 
     Schulman, "Approximating KL Divergence" (2020), k1.
 
@@ -130,10 +132,10 @@ def kl_shaped_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, kl_coef: floa
 
     The last counted token is the EOS, or the last token of a completion that was cut. (TRL's later trainer puts the
     score on the pad after EOS; with lam = .95 that scales every finished completion's credit by .95.) The other
-    tokens' rewards are the dense shaping that N12 asks for. A row with no counted token carries nothing, not even its
+    tokens' rewards, the KL terms, are dense. A row with no counted token carries nothing, not even its
     score: there is no action to reward.
 
-    Ziegler et al. 2019 (arXiv 1909.08593), eq. 2, spread over the tokens; N4 (a reward at the end or along the way).
+    Ziegler et al. 2019 (arXiv 1909.08593), eq. 2, spread over the tokens.
 
     Args:
         scores: (B,), one per completion, or (B, T), one per token (at masked positions they are ignored).

@@ -2,6 +2,8 @@
 
 Losses are to be minimized. Gradients flow into ``logprobs`` and ``values`` only: advantages, returns and everything
 old are constants of the update, and are detached here so that no policy loss can train the critic by accident.
+
+Background: docs/notes.md, "The gradient of an expected reward", "V must be refitted", "Reusing old samples" and "PPO".
 """
 
 import torch
@@ -17,13 +19,13 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> 
 
     ``L_t = -A_t * log pi_t``
 
-    Only its gradient means something, and only for tokens sampled from the present policy (N3).
+    Only its gradient means something, and only for tokens sampled from the present policy.
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 2; N1, N4, N12.
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 2.
 
     Args:
         logprobs: (B, T) of the sampled tokens, now.
-        advantages: (B, T), constant; any weight of N4-N11.
+        advantages: (B, T), constant; any weights of :mod:`lmppo.functional.advantages`.
         mask: (B, T) completion mask, True = the token counts.
 
     Returns:
@@ -45,7 +47,7 @@ def importance_sampled_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: 
     At ratio 1 its gradient is that of :func:`policy_gradient_loss`. The cap is ours: the loss and its gradient stay
     finite for any log-ratio, and beyond the cap the gradient is 0.
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 6 (CPI); N14.
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 6 (CPI).
 
     Args:
         logprobs: (B, T) of the sampled tokens, now.
@@ -86,7 +88,7 @@ def clipped_policy_loss(
     :func:`importance_sampled_loss`.
 
     Schulman et al. 2017 (arXiv 1707.06347), eq. 7, negated; a wider upper band: Yu et al. 2025 (arXiv 2503.14476),
-    "clip-higher"; dual clip: Ye et al. 2020 (arXiv 1912.09729); N17.
+    "clip-higher"; dual clip: Ye et al. 2020 (arXiv 1912.09729).
 
     Args:
         logprobs: (B, T) of the sampled tokens, now.
@@ -128,7 +130,7 @@ def kl_penalized_policy_loss(
     tokens that the old policy sampled. Each term is 0 or more, its expectation is exactly that KL, and the expectation
     of its gradient is exactly that KL's gradient; at ratio 1 it pushes nothing.
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 8, negated; N16, N17.
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 8, negated.
 
     Args:
         logprobs: (B, T) of the sampled tokens, now.
@@ -159,7 +161,7 @@ def clipped_value_loss(
 
     The gradient is 0 where the clipped error is the larger one: the value has moved its full range towards the return.
 
-    OpenAI's PPO code; Engstrom et al. 2020 (arXiv 2005.12729); N13, N17 (V is refitted to each new batch).
+    OpenAI's PPO code; Engstrom et al. 2020 (arXiv 2005.12729). V is refitted to each new batch.
 
     Args:
         values: (B, T), now.
@@ -250,7 +252,7 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 
     :func:`~lmppo.functional.kl.kl_k3` of (old, new): 0 or more, unbiased. (TRL's ``approxkl`` is k2, biased.)
 
-    Schulman, "Approximating KL Divergence" (2020), k3; N16, N17.
+    Schulman, "Approximating KL Divergence" (2020), k3.
 
     Args:
         logprobs: (B, T) of the sampled tokens, now.

@@ -57,7 +57,7 @@ def masked_whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
 
     ``y_i = (x_i - mean) / sqrt(var + eps)``
 
-    Subtracting the mean is a baseline (N10), dividing by the deviation makes the step size independent of the reward's
+    Subtracting the mean is a baseline, dividing by the deviation makes the step size independent of the reward's
     unit. A constant input gives zeros. To keep the mean, as is done with rewards, use :func:`masked_rescale`: there
     is no flag for it, since OpenAI's ``shift_mean=True`` and torchtune's flag of the same name mean opposite things.
 

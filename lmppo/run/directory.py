@@ -1,4 +1,4 @@
-"""The run directory: what is in it, and whether a run may start there, go on there, or must keep its hands off."""
+"""The run directory: what it holds; decides whether a run may start, resume, or must refuse."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from lmppo.run.checkpoint import (
     verify_checkpoint,
 )
 
-# Settings that may differ when a run is continued: they change what is shown and kept, not what is learned.
+# Settings that may change when a run is resumed: they affect what is shown and kept, not what is learned.
 FREE_SETTINGS = {
     "output_dir", "max_steps", "resume_from_checkpoint", "use_cpu", "cpu_threads", "micro_batch_size",
     "logging_steps", "eval_steps", "eval_completions", "save_steps", "save_rollouts", "save_total_limit",
@@ -50,13 +50,13 @@ def write_run_config(output_dir: str | Path, settings: dict[str, Any]) -> None:
 
 
 def find_resume_point(output_dir: str | Path, resume: str | bool | None, settings: dict[str, Any]) -> Path | None:
-    """The checkpoint to go on from; None to start at the beginning. Changes nothing on disk.
+    """The checkpoint to resume from, or None to start from the beginning. Changes nothing on disk.
 
     Args:
         output_dir: The run directory.
-        resume: None: the directory must hold no run. ``"auto"``: the newest valid checkpoint of this same run, or the
+        resume: None: the directory must not hold a run. ``"auto"``: the newest valid checkpoint of this same run, or the
             beginning. True or ``"true"``: the newest valid checkpoint. Otherwise a checkpoint's directory.
-        settings: The configuration and model of the run that asks.
+        settings: The configuration and model of the new run.
 
     Raises:
         FormatError: The directory or the checkpoint was made by an earlier or a newer lmppo.
@@ -68,7 +68,7 @@ def find_resume_point(output_dir: str | Path, resume: str | bool | None, setting
     if resume in (None, False, "false", "none"):
         if holds_run:
             raise CheckpointError(
-                f"output_dir={str(root)!r} already holds a run. Pass --resume_from_checkpoint auto to go on with it, "
+                f"output_dir={str(root)!r} already holds a run. Pass --resume_from_checkpoint auto to resume it, "
                 f"or another --output_dir."
             )
         return None
@@ -78,7 +78,7 @@ def find_resume_point(output_dir: str | Path, resume: str | bool | None, setting
         _refuse_another_run(root, old, settings)
     point, rejected = newest_valid_checkpoint(root)
     for reason in rejected:
-        print(f"Passed over a damaged checkpoint. {reason}")
+        print(f"Skipped a damaged checkpoint. {reason}")
     if point is None and (rejected or resume != "auto"):
         reasons = "; ".join(rejected) or "there is none"
         raise CheckpointError(f"No checkpoint in {root} can be resumed: {reasons}.")
@@ -92,7 +92,7 @@ def discard_unsaved(output_dir: str | Path) -> None:
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that decide what is learned and differ: name -> (old, new)."""
+    """The settings that affect what is learned and that differ: name -> (old, new)."""
     names = (set(old) | set(new)) - FREE_SETTINGS
     return {n: (old.get(n), new.get(n)) for n in sorted(names) if old.get(n) != new.get(n)}
 
@@ -100,20 +100,20 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tupl
 def _explicit(root: Path, path: Path) -> Path:
     if not path.is_dir():
         names = ", ".join(p.name for p in list_checkpoints(root)) or "none"
-        raise CheckpointError(f"resume_from_checkpoint={str(path)!r} is no directory. Checkpoints of {root}: {names}.")
+        raise CheckpointError(
+            f"resume_from_checkpoint={str(path)!r} is not a directory. Checkpoints in {root}: {names}."
+        )
     verify_checkpoint(path)
     return path
 
 
 def _refuse_another_run(root: Path, old: dict[str, Any] | None, settings: dict[str, Any]) -> None:
     if old is None:
-        raise CheckpointError(
-            f"output_dir={str(root)!r} is not empty and holds no run_config.yaml: choose another one."
-        )
+        raise CheckpointError(f"output_dir={str(root)!r} is not empty and has no run_config.yaml: choose another one.")
     changed = changed_settings(old, settings)
     if changed:
-        listed = "; ".join(f"{name}: {a!r} there, {b!r} now" for name, (a, b) in changed.items())
+        listed = "; ".join(f"{name}: was {a!r}, now {b!r}" for name, (a, b) in changed.items())
         raise CheckpointError(
             f"output_dir={str(root)!r} holds a run with other settings ({listed}). Choose another --output_dir, or "
-            f"pass --resume_from_checkpoint true to go on with the new settings."
+            f"pass --resume_from_checkpoint true to resume with the new settings."
         )
