@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from lmppo.config import PPOConfig
 from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3
 from lmppo.models import ActorCritic, Reference, score_tokens
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
 from lmppo.records import Rollout, Samples, Tokens
 from lmppo.rewards import RewardSet, Scores
 from lmppo.sampling import ROLLOUT, SamplingParams, sample, uniform_noise
+from lmppo.settings import CollectorSettings
 from lmppo.support import Support
 
 
@@ -72,7 +72,7 @@ class Collector:
         rewards: RewardSet,
         tokenizer: Any,
         params: SamplingParams,
-        config: PPOConfig,
+        config: CollectorSettings,
         accelerator: Accelerator,
         trainer_state: Any = None,
     ) -> None:

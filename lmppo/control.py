@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lmppo.config import PPOConfig
+from lmppo.settings import ControlSettings
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Control:
         warmup: The first iterations, in which only the critic learns.
     """
 
-    def __init__(self, config: PPOConfig) -> None:
+    def __init__(self, config: ControlSettings) -> None:
         self.kl: FixedKL | AdaptiveKL = FixedKL(config.kl_coef)
         if config.kl_target is not None:
             self.kl = AdaptiveKL(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)

@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from lmppo.config import PPOConfig
 from lmppo.models import ActorCritic, load_weights
+from lmppo.settings import AdvantageSettings
 
 AUTO = "auto:"
 
@@ -197,7 +197,7 @@ def _no_load_report() -> Iterator[None]:
 
 
 def make_actor_critic(
-    policy: Any, critic: Any, args: PPOConfig, tokenizer: Any = None, *, n_streams: int
+    policy: Any, critic: Any, args: AdvantageSettings, tokenizer: Any = None, *, n_streams: int
 ) -> ActorCritic:
     """Policy and critic; without a use for the critic its head stays as it is.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmppo.config import PPOConfig, RewardStream
+from lmppo.config import RewardStream
 from lmppo.functional import (
     batch_mean_baseline,
     explained_variance,
@@ -23,6 +23,7 @@ from lmppo.functional import (
 )
 from lmppo.records import Rollout
 from lmppo.rewards.streams import default_streams, kl_stream
+from lmppo.settings import EstimatorSettings, ShapingSettings
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Estimate:
 
 
 def shape_rewards(
-    rollout: Rollout, config: PPOConfig, streams: Sequence[RewardStream] | None = None, *, kl_coef: float
+    rollout: Rollout, config: ShapingSettings, streams: Sequence[RewardStream] | None = None, *, kl_coef: float
 ) -> Tensor:
     """``(B, T, K)`` rewards per token: the scores, less the price of the KL to the reference and of being cut.
 
@@ -94,7 +95,7 @@ class StreamView:
 
 
 def stream_views(
-    rollout: Rollout, rewards: Tensor, learned: Tensor, config: PPOConfig, streams: Sequence[RewardStream]
+    rollout: Rollout, rewards: Tensor, learned: Tensor, config: EstimatorSettings, streams: Sequence[RewardStream]
 ) -> list[StreamView]:
     """A view of each stream, the only place where a stream is selected from tensors that end in K."""
     views = []
@@ -122,7 +123,7 @@ def stream_views(
 
 
 def estimate(
-    rollout: Rollout, rewards: Tensor, config: PPOConfig, streams: Sequence[RewardStream] | None = None
+    rollout: Rollout, rewards: Tensor, config: EstimatorSettings, streams: Sequence[RewardStream] | None = None
 ) -> Estimate:
     """Advantages and the critic's targets, by the estimator and the baseline that the configuration names.
 
@@ -161,7 +162,7 @@ def estimate(
     return Estimate(mask, advantages, returns, scale, metrics)
 
 
-def _learned(rollout: Rollout, config: PPOConfig) -> Tensor:
+def _learned(rollout: Rollout, config: EstimatorSettings) -> Tensor:
     """``(B, T)`` the tokens that are learned from."""
     if config.truncation != "mask":
         return rollout.completion_mask
@@ -174,14 +175,14 @@ def _learned(rollout: Rollout, config: PPOConfig) -> Tensor:
     return mask
 
 
-def _is_trusted(view: StreamView, config: PPOConfig) -> bool:
+def _is_trusted(view: StreamView, config: EstimatorSettings) -> bool:
     """Whether the critic is the baseline of this stream."""
     if config.baseline == "auto":
         return explained_variance(view.values, view.sampled_returns, view.learned).item() > 0
     return config.baseline == "critic"
 
 
-def _advantages(view: StreamView, trusted: bool, config: PPOConfig) -> Tensor:
+def _advantages(view: StreamView, trusted: bool, config: EstimatorSettings) -> Tensor:
     """``(B, T)`` the weights of one stream's tokens, less their baseline."""
     if config.estimator == "gae" and trusted:
         return _gae(view, _lam(view, config))[0]
@@ -198,14 +199,14 @@ def _advantages(view: StreamView, trusted: bool, config: PPOConfig) -> Tensor:
     return torch.where(view.mask, weights - baseline, 0.0)
 
 
-def _critic_targets(view: StreamView, config: PPOConfig) -> Tensor:
+def _critic_targets(view: StreamView, config: EstimatorSettings) -> Tensor:
     """``(B, T)`` what the critic of one stream is taught: with GAE its returns, with a lambda of their own if asked."""
     if config.estimator != "gae":
         return view.sampled_returns
     return _gae(view, _lam(view, config) if config.critic_lam is None else config.critic_lam)[1]
 
 
-def _lam(view: StreamView, config: PPOConfig) -> float | Tensor:
+def _lam(view: StreamView, config: EstimatorSettings) -> float | Tensor:
     """GAE's lambda, or with ``adaptive_lam_alpha`` one for each completion."""
     alpha = config.adaptive_lam_alpha
     return view.lam if alpha is None else length_adaptive_lam(view.mask, lam=view.lam, alpha=alpha)

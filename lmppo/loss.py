@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lmppo.config import PPOConfig
 from lmppo.functional import (
     approx_kl,
     clip_fraction,
@@ -28,6 +27,7 @@ from lmppo.functional import (
 )
 from lmppo.models import HEADS, Reference
 from lmppo.records import Experience
+from lmppo.settings import LossSettings
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Penalties:
 def ppo_loss(
     model: nn.Module,
     micro: Experience,
-    config: PPOConfig,
+    config: LossSettings,
     penalties: Penalties,
     *,
     heads: Sequence[str] = HEADS,
@@ -80,7 +80,7 @@ def ppo_loss(
     return token_mean_loss(per_token, micro.completion_mask, token_count=token_count), sums
 
 
-def _value_terms(values: Tensor, micro: Experience, config: PPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def _value_terms(values: Tensor, micro: Experience, config: LossSettings) -> tuple[Tensor, dict[str, Tensor]]:
     mask = micro.completion_mask.unsqueeze(-1).expand_as(values)
     loss = clipped_value_loss(values, micro.old_values, micro.returns, mask, clip_range=config.value_clip_range)
     loss, clipped = loss.sum(dim=-1), values.new_zeros(())
@@ -91,7 +91,7 @@ def _value_terms(values: Tensor, micro: Experience, config: PPOConfig) -> tuple[
 
 
 def _policy_terms(
-    logits: Tensor, micro: Experience, config: PPOConfig, penalties: Penalties
+    logits: Tensor, micro: Experience, config: LossSettings, penalties: Penalties
 ) -> tuple[Tensor, dict[str, Tensor]]:
     logprobs, entropy = token_logprobs_and_entropy(
         logits, micro.tokens.completion_ids, temperature=config.temperature, support=micro.support.allowed()
@@ -127,7 +127,7 @@ def ratio_sums(logprobs: Tensor, micro: Experience) -> dict[str, Tensor]:
     }
 
 
-def policy_loss(logprobs: Tensor, micro: Experience, config: PPOConfig, penalties: Penalties) -> Tensor:
+def policy_loss(logprobs: Tensor, micro: Experience, config: LossSettings, penalties: Penalties) -> Tensor:
     """``(B, T)`` the objective's loss per token, to be minimized.
 
     Args:
@@ -155,7 +155,7 @@ def policy_loss(logprobs: Tensor, micro: Experience, config: PPOConfig, penaltie
 
 
 def reference_kl(
-    logits: Tensor, logprobs: Tensor, micro: Experience, config: PPOConfig, penalties: Penalties
+    logits: Tensor, logprobs: Tensor, micro: Experience, config: LossSettings, penalties: Penalties
 ) -> Tensor:
     """``(B, T)`` the KL to the reference as a term of the loss, by the configured estimator; 0 where the mask is False.
 

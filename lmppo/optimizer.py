@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from lmppo.config import PPOConfig
 from lmppo.models import ActorCritic
+from lmppo.settings import OptimizerSettings, ScheduleSettings
 
 
-def make_optimizer(model: ActorCritic, args: PPOConfig) -> torch.optim.AdamW:
+def make_optimizer(model: ActorCritic, args: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW with the policy's parameters in one group and the critic's own in another.
 
     Raises:
@@ -27,7 +27,7 @@ def make_optimizer(model: ActorCritic, args: PPOConfig) -> torch.optim.AdamW:
     )
 
 
-def learning_rate_at(iteration: int, base: float, config: PPOConfig) -> float:
+def learning_rate_at(iteration: int, base: float, config: ScheduleSettings) -> float:
     """The learning rate of one PPO iteration.
 
     It rises linearly over the first ``warmup_steps`` iterations, ``base * (i + 1) / (warmup_steps + 1)``, and then
@@ -48,7 +48,7 @@ def learning_rate_at(iteration: int, base: float, config: PPOConfig) -> float:
     return base
 
 
-def set_learning_rates(optimizer: Any, iteration: int, config: PPOConfig) -> tuple[float, float]:
+def set_learning_rates(optimizer: Any, iteration: int, config: ScheduleSettings) -> tuple[float, float]:
     """Set the learning rates of the optimizer's two groups, policy and critic, for this iteration, and return them."""
     bases = (config.learning_rate, config.critic_learning_rate or config.learning_rate)
     rates = tuple(learning_rate_at(iteration, base, config) for base in bases)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmppo.config import PPOConfig
 from lmppo.protocols import Tokenizer
 from lmppo.rewards.protocol import REWARD_ARGUMENTS
+from lmppo.settings import SamplingSettings
 
 Prompt = str | list
 
@@ -349,7 +349,7 @@ def load_tokenizer(name_or_path: str) -> Any:
         ) from error
 
 
-def make_prompt_encoder(tokenizer: Any, readers: dict[str, Any], args: PPOConfig) -> PromptEncoder:
+def make_prompt_encoder(tokenizer: Any, readers: dict[str, Any], args: SamplingSettings) -> PromptEncoder:
     """The encoder of prompts.
 
     Args:

@@ -16,10 +16,10 @@ from transformers import DynamicCache
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lmppo.checks import check_logits
-from lmppo.config import PPOConfig
 from lmppo.functional import token_logprobs
 from lmppo.models import ActorCritic, position_ids_of, takes_position_ids
 from lmppo.records import Samples, Tokens
+from lmppo.settings import SamplingSettings
 from lmppo.support import Support, pack
 
 # What a stream of noise is for; each purpose has its own numbers.
@@ -47,7 +47,7 @@ class SamplingParams:
     min_p: float = 0.0
 
     @classmethod
-    def of(cls, config: PPOConfig, tokenizer: Any, policy: Any) -> "SamplingParams":
+    def of(cls, config: SamplingSettings, tokenizer: Any, policy: Any) -> "SamplingParams":
         """What the configuration asks for, ending at the model's (or else the tokenizer's) end-of-text tokens."""
         eos = getattr(policy.generation_config, "eos_token_id", None)
         eos = tokenizer.eos_token_id if eos is None else eos

@@ -75,8 +75,9 @@ class Support(Record):
 
 def pack(allowed: Tensor) -> Tensor:
     """``(..., V)`` bools as ``(..., ceil(V / 8))`` bytes."""
-    padded = torch.nn.functional.pad(allowed, (0, -allowed.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (padded * _BITS.to(allowed.device)).sum(dim=-1, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(allowed, (0, -allowed.shape[-1] % 8))
+    eights = padded.reshape(*padded.shape[:-1], -1, 8)
+    return (eights * _BITS.to(allowed.device)).sum(dim=-1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, vocab_size: int) -> Tensor:

@@ -21,11 +21,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmppo.checks import NonFiniteError, check_first_ratio
-from lmppo.config import PPOConfig
 from lmppo.functional import exact_kl, importance_sampled_loss, token_logprobs_and_entropy
 from lmppo.loss import ratio_sums
 from lmppo.models import LanguageModel
 from lmppo.records import Experience
+from lmppo.settings import TRPOUpdateSettings
 
 BACKTRACK = 0.8
 """Each try of the line search is this much shorter than the one before."""
@@ -37,7 +37,7 @@ _MEASURES = ("policy_loss", "trpo/kl", "approx_kl", "entropy", "ratio", "log_rat
 def trpo_update(
     model: nn.Module,
     experience: Experience,
-    config: PPOConfig,
+    config: TRPOUpdateSettings,
     accelerator: Accelerator,
     *,
     iteration: int,
@@ -101,7 +101,9 @@ def trpo_update(
     }
 
 
-def _natural_step(batch: "PolicyBatch", gradient: Tensor, config: PPOConfig, iteration: int) -> tuple[Tensor, float]:
+def _natural_step(
+    batch: "PolicyBatch", gradient: Tensor, config: TRPOUpdateSettings, iteration: int
+) -> tuple[Tensor, float]:
     """The longest natural-gradient step within the ball, by the curvature; and the residual of its direction."""
     damping, fisher = config.trpo_damping, batch.fisher_vector_product
     direction = conjugate_gradients(lambda v: fisher(v) + damping * v, gradient, steps=config.trpo_cg_steps)
@@ -117,7 +119,9 @@ def _natural_step(batch: "PolicyBatch", gradient: Tensor, config: PPOConfig, ite
 
 
 @torch.no_grad()
-def _line_search(batch: "PolicyBatch", step: Tensor, start: Measures, config: PPOConfig) -> tuple[Measures, float]:
+def _line_search(
+    batch: "PolicyBatch", step: Tensor, start: Measures, config: TRPOUpdateSettings
+) -> tuple[Measures, float]:
     """Take the longest step that passes: its measures and its fraction of the whole; the start and 0 if none does.
 
     The parameters are written only then, so that a refused step leaves nothing behind.
@@ -182,7 +186,9 @@ class PolicyBatch:
         ValueError: The policy is sharded, or its attention cannot be differentiated twice.
     """
 
-    def __init__(self, policy: Any, experience: Experience, config: PPOConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self, policy: Any, experience: Experience, config: TRPOUpdateSettings, accelerator: Accelerator
+    ) -> None:
         self.policy = _Logits(policy, accelerator)
         self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         _check_differentiable(policy, self.parameters)

@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lmppo.checks import check_first_ratio, check_gradients
-from lmppo.config import PPOConfig
 from lmppo.loss import Penalties, ppo_loss
 from lmppo.models import HEADS, score_tokens
 from lmppo.records import Experience
+from lmppo.settings import UpdateSettings
 
 
 def minibatch_rows(n_rows: int, minibatch_size: int, *, seed: int, iteration: int, epoch: int) -> list[Tensor]:
@@ -34,7 +34,7 @@ def ppo_update(
     model: nn.Module,
     optimizer: Any,
     experience: Experience,
-    config: PPOConfig,
+    config: UpdateSettings,
     accelerator: Accelerator,
     *,
     iteration: int,
@@ -80,7 +80,7 @@ def critic_update(
     model: nn.Module,
     optimizer: Any,
     experience: Experience,
-    config: PPOConfig,
+    config: UpdateSettings,
     accelerator: Accelerator,
     *,
     iteration: int,
@@ -108,7 +108,7 @@ def critic_update(
     return _run_passes(model, optimizer, experience, config, accelerator, iteration, passes, Penalties(), None)
 
 
-def critic_epochs(config: PPOConfig, *, warmup: bool = False) -> int:
+def critic_epochs(config: UpdateSettings, *, warmup: bool = False) -> int:
     """The critic's passes over each rollout, or over each of its warm-up; 0 where there is no critic."""
     if not config.uses_critic:
         return 0
@@ -121,7 +121,7 @@ def _run_passes(
     model: nn.Module,
     optimizer: Any,
     experience: Experience,
-    config: PPOConfig,
+    config: UpdateSettings,
     accelerator: Accelerator,
     iteration: int,
     passes: Sequence[Sequence[str]],
@@ -153,7 +153,7 @@ def _run_passes(
 def accumulate_gradients(
     model: nn.Module,
     minibatch: Experience,
-    config: PPOConfig,
+    config: UpdateSettings,
     accelerator: Accelerator,
     penalties: Penalties,
     *,
@@ -177,7 +177,7 @@ def accumulate_gradients(
     return _reduce(totals, n_tokens, accelerator)
 
 
-def logprobs_now(model: nn.Module, experience: Experience, config: PPOConfig, accelerator: Accelerator) -> Tensor:
+def logprobs_now(model: nn.Module, experience: Experience, config: UpdateSettings, accelerator: Accelerator) -> Tensor:
     """``(B, T)`` log-probabilities of the rollout's tokens under the policy as it is now, on every process."""
     share = len(experience) // accelerator.num_processes
     mine = experience.rows(slice(accelerator.process_index * share, (accelerator.process_index + 1) * share))
@@ -200,7 +200,7 @@ def _reduce(totals: dict[str, Tensor], n_tokens: int, accelerator: Accelerator) 
 def take_step(
     model: nn.Module,
     optimizer: Any,
-    config: PPOConfig,
+    config: UpdateSettings,
     accelerator: Accelerator,
     stats: dict[str, float],
     iteration: int,

@@ -6,6 +6,11 @@ import pytest
 import torch
 from builders import EOS, count_a, critic_of, make_trainer, metrics_rows, trained
 from fakes import letter_tokenizer
+from test_checks import sized
+
+from lmppo.records import Experience
+from lmppo.sampling import sample, uniform_noise
+from lmppo.update import logprobs_now
 
 
 class Recorder:
@@ -129,3 +134,19 @@ def test_the_kl_controller_counts_each_completion_once(tmp_path, num_generations
         error = min(max(row["kl_to_ref"] / target - 1, -0.2), 0.2)
         assert error != 0
         assert after["kl_coef"] == pytest.approx(row["kl_coef"] * (1 + error * 8 / horizon), rel=1e-6)
+
+
+def test_in_mixed_precision_old_logprobs_come_from_the_updates_forward_pass(tmp_path):
+    """The sampler feeds one token at a time, and bfloat16 rounds other matrix shapes to other numbers."""
+    trainer = make_trainer(tmp_path, model=sized("gpt2", 80), bf16=True)
+    rollout = trainer.collector.collect(trainer.prompts.next_batch(8), 0).rollout
+    nothing = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.values)
+    experience = Experience.from_rollout(rollout, *nothing)
+    now = logprobs_now(trainer.model, experience, trainer.args, trainer.accelerator)
+    assert torch.equal(now, rollout.logprobs)
+    tokens = rollout.tokens
+    noise = uniform_noise(trainer.args.seed, 0, range(8), tokens.completion_ids.shape[1])
+    with trainer.accelerator.autocast():
+        samples = sample(trainer.actor_critic, tokens.prompt_ids, tokens.prompt_mask, noise, trainer.collector.params)
+    assert samples.tokens.completion_ids.equal(tokens.completion_ids)
+    assert (samples.logprobs - rollout.logprobs).abs().max() > 1e-3, "or the test shows nothing"

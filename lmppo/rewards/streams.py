@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lmppo.config import PPOConfig, RewardStream
+from lmppo.config import RewardStream
+from lmppo.settings import StreamSettings
 
 
-def make_streams(reward_funcs: Any, reward_streams: Any, args: PPOConfig) -> list[RewardStream]:
+def make_streams(reward_funcs: Any, reward_streams: Any, args: StreamSettings) -> list[RewardStream]:
     """The reward streams of a run: those given, or one with all reward functions.
 
     Raises:
@@ -49,7 +50,7 @@ def _as_stream(given: Any) -> RewardStream:
     return RewardStream(**given)
 
 
-def _check_effect(stream: RewardStream, args: PPOConfig) -> None:
+def _check_effect(stream: RewardStream, args: StreamSettings) -> None:
     """Refuse what the estimator, or the place of the KL penalty, would leave without effect."""
     if stream.lam is not None and args.estimator != "gae":
         raise ValueError(
