@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from builders import EOS, count_a, critic_of, make_trainer, metrics_rows, trained
 from fakes import letter_tokenizer
 from test_checks import sized
@@ -136,7 +137,15 @@ def test_the_kl_controller_counts_each_completion_once(tmp_path, num_generations
         assert after["kl_coef"] == pytest.approx(row["kl_coef"] * (1 + error * 8 / horizon), rel=1e-6)
 
 
-def test_in_mixed_precision_old_logprobs_come_from_the_updates_forward_pass(tmp_path):
+@pytest.fixture
+def other_precision():
+    """accelerate keeps the precision of the first Accelerator of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_in_mixed_precision_old_logprobs_come_from_the_updates_forward_pass(tmp_path, other_precision):
     """The sampler feeds one token at a time, and bfloat16 rounds other matrix shapes to other numbers."""
     trainer = make_trainer(tmp_path, model=sized("gpt2", 80), bf16=True)
     rollout = trainer.collector.collect(trainer.prompts.next_batch(8), 0).rollout

@@ -11,19 +11,8 @@ ROOT = Path(__file__).parent.parent
 # Lower layers first. A module may import what stands before it, in its own layer or below.
 LAYERS = (
     ("functional",),
-    (
-        "setting_rules",
-        "settings",
-        "config",
-        "checks",
-        "axes",
-        "support",
-        "records",
-        "control",
-        "tables",
-        "plots",
-        "protocols",
-    ),
+    ("setting_rules", "settings", "config", "checks", "axes", "support", "records", "control"),
+    ("tables", "plots", "protocols"),
     ("rewards", "models", "critics", "prompts", "sampling", "optimizer"),
     ("collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
     ("run", "explain", "trainer"),
