@@ -148,7 +148,7 @@ def test_every_requirement_has_a_floor_and_a_tested_version_within_it():
 def test_what_is_imported_is_required():
     """Nothing is imported that only happens to be there because another package needs it."""
     distribution = {"yaml": "pyyaml", "sklearn": "scikit-learn", "vaderSentiment": "vadersentiment"}
-    known = {*sys.stdlib_module_names, *PACKAGES, *(p.stem for p in (ROOT / "recipes").glob("*.py"))}
+    known = {*sys.stdlib_module_names, *PACKAGES, *(p.stem for p in (ROOT / "recipes").rglob("*.py"))}
     for path in [p for folder in (*PACKAGES, "recipes") for p in (ROOT / folder).rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

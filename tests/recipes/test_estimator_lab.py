@@ -14,15 +14,15 @@ import torch
 from lmppo.functional.exact import completion_logprobs, enumerate_completions, expected_return, state_logits
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.insert(0, str(ROOT / "recipes" / "lab"))
 
-import lab_estimators  # noqa: E402
-import lab_measure  # noqa: E402
-import lab_problem as task  # noqa: E402
-import lab_reuse  # noqa: E402
-import lab_training  # noqa: E402
-import lab_truncation  # noqa: E402
-from lab_estimators import estimators, language_model  # noqa: E402
+import estimators as measured_estimators  # noqa: E402
+import measure  # noqa: E402
+import problem as task  # noqa: E402
+import reuse  # noqa: E402
+import training  # noqa: E402
+import truncation  # noqa: E402
+from estimators import estimators, language_model  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -58,7 +58,7 @@ def test_the_true_gradient_is_that_of_the_models_parameters(problem):
 
 def test_what_is_measured_is_what_enumeration_says(problem):
     """Within four standard errors, for every estimator that looks at one completion at a time."""
-    rows = lab_estimators.table(problem, [16], batches=300)
+    rows = measured_estimators.table(problem, [16], batches=300)
     compared = [row for row in rows.values() if "exact" in row]
     assert len(compared) > 15
     for name, row in rows.items():
@@ -76,47 +76,47 @@ def test_what_is_measured_is_what_enumeration_says(problem):
 def test_the_measured_bias_has_the_error_it_claims(problem):
     """Repeated with other batches, the unbiased rows scatter around 0 by about one standard error."""
     weights = estimators(problem)["rewards_to_go, none"]
-    measured = [lab_measure.measure(problem, weights, batches=50, size=size) for size in range(10, 40)]
+    measured = [measure.measure(problem, weights, batches=50, size=size) for size in range(10, 40)]
     scores = torch.tensor([m.bias2 / m.bias2_error for m in measured])
     assert scores.mean().abs() < 4 / math.sqrt(len(scores))
     assert 0.4 < scores.std() < 1.8
 
 
 def test_bandits():
-    rows = lab_estimators.bandits(32, batches=300)
+    rows = measured_estimators.bandits(32, batches=300)
     assert abs(rows["stateless, immediate_rewards"]["bias2"]) < 4 * rows["stateless, immediate_rewards"]["bias2_error"]
     assert rows["stateful, immediate_rewards"]["bias2"] > 20 * rows["stateful, immediate_rewards"]["bias2_error"]
     assert rows["stateless, rewards_to_go"]["variance"] > 3 * rows["stateless, immediate_rewards"]["variance"]
 
 
 def test_the_trainer_starts_at_the_reference_and_learns(tmp_path):
-    trainer = lab_training.make_trainer(str(tmp_path), seed=0)
-    assert lab_training.share_of_the_way(trainer) == pytest.approx(0.0, abs=1e-6)
+    trainer = training.make_trainer(str(tmp_path), seed=0)
+    assert training.share_of_the_way(trainer) == pytest.approx(0.0, abs=1e-6)
     for _ in range(6):
         trainer.step()
-    assert 0.3 < lab_training.share_of_the_way(trainer) < 1.0
+    assert 0.3 < training.share_of_the_way(trainer) < 1.0
 
 
 def test_the_variants_are_those_they_claim_to_be(tmp_path):
     """Each is PPO's clip with another setting, and starts from the same share and no KL."""
     with pytest.warns(UserWarning, match="biased gradient"):
         trainers = {
-            name: lab_training.make_trainer(str(tmp_path), seed=0, **settings)
-            for name, settings in lab_training.VARIANTS.items()
+            name: training.make_trainer(str(tmp_path), seed=0, **settings)
+            for name, settings in training.VARIANTS.items()
         }
     assert {trainer.args.objective for trainer in trainers.values()} == {"clip"}
-    assert [s.name for s in lab_training.VARIANTS["a stream for the KL"]["reward_streams"]] == ["score", "kl"]
+    assert [s.name for s in training.VARIANTS["a stream for the KL"]["reward_streams"]] == ["score", "kl"]
     for name, trainer in trainers.items():
-        assert lab_training.share_and_kl(trainer) == pytest.approx((0.0, 0.0), abs=1e-6), name
+        assert training.share_and_kl(trainer) == pytest.approx((0.0, 0.0), abs=1e-6), name
         trainer.step()
-        assert lab_training.share_and_kl(trainer)[1] > 0, name
-    settings = lab_training.OBJECTIVES["clip, asymmetric and dual"]
-    args = lab_training.make_trainer(str(tmp_path), seed=0, **settings).args
+        assert training.share_and_kl(trainer)[1] > 0, name
+    settings = training.OBJECTIVES["clip, asymmetric and dual"]
+    args = training.make_trainer(str(tmp_path), seed=0, **settings).args
     assert args.clip_range_high > args.clip_range and args.dual_clip > 1
 
 
 def test_every_truncation_mode_is_right_about_its_own_target(problem):
-    rows = lab_truncation.truncation(problem)
+    rows = truncation.truncation(problem)
     exact = {name for name, row in rows.items() if row["bias2"] < 1e-20}
     assert exact == {"end, true critic", "bootstrap, true critic", "penalty, true critic", "mask, total_return, none"}
     assert all(row["bias2"] > 0.005 for name, row in rows.items() if name not in exact)
@@ -130,8 +130,8 @@ def test_what_bootstrapping_aims_at_is_the_pay_of_six_tokens(problem):
     logprobs = torch.cat([logprobs[:, :5], logprobs[:, 5:].detach()], dim=1)
     earned = torch.where(six.mask, torch.tensor([task.pay(ids) for ids in six.ids.tolist()]).double(), 0.0)
     expected = torch.autograd.grad(expected_return(six, logprobs, earned), list(model.parameters()))
-    after = lab_truncation.value_after_the_cut()
-    rewards = problem.rewards + lab_truncation.LAST_OF_CUT * after.unsqueeze(1)
+    after = truncation.value_after_the_cut()
+    rewards = problem.rewards + truncation.LAST_OF_CUT * after.unsqueeze(1)
     length = torch.cat([g.flatten() for g in expected]).norm().item()
     aim = dataclasses.replace(problem, rewards=rewards).true_gradient()
     assert aim.norm().item() == pytest.approx(length, rel=1e-9)
@@ -140,8 +140,8 @@ def test_what_bootstrapping_aims_at_is_the_pay_of_six_tokens(problem):
 
 def test_the_true_values_of_streams_are_those_of_rollouts(tmp_path):
     """V of the first state is the mean discounted return of sampled completions."""
-    trainer = lab_training.make_trainer(str(tmp_path), seed=0, rollout_batch_size=2048)
-    values = lab_reuse.true_values(lab_training.exact_logprobs(trainer.actor_critic.policy))[0, 0]
+    trainer = training.make_trainer(str(tmp_path), seed=0, rollout_batch_size=2048)
+    values = reuse.true_values(training.exact_logprobs(trainer.actor_critic.policy))[0, 0]
     ids = trainer.collector.collect(trainer.prompts.next_batch(2048), 0).rollout.tokens.completion_ids.tolist()
     for k, (pay, gamma) in enumerate(((task.pay_pairs, 1.0), (task.pay_cs, 0.5))):
         returns = torch.tensor([sum(gamma**t * x for t, x in enumerate(pay(row))) for row in ids])
@@ -149,7 +149,7 @@ def test_the_true_values_of_streams_are_those_of_rollouts(tmp_path):
 
 
 def test_the_recipe_in_its_quick_form(tmp_path):
-    command = [sys.executable, "recipes/estimator_lab.py", "--quick", "--output_dir", str(tmp_path)]
+    command = [sys.executable, "recipes/lab/estimator_lab.py", "--quick", "--output_dir", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

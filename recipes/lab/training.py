@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from lab_problem import (
+from problem import (
     COMPLETIONS,
     HORIZON,
     KL_COEF,

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lab_grid import Problem, make_problem
-from lab_measure import exactly, measure
-from lab_problem import COMPLETIONS, make_model, next_logits, on_grid, pay
+from grid import Problem, make_problem
+from measure import exactly, measure
+from problem import COMPLETIONS, make_model, next_logits, on_grid, pay
 from torch import Tensor
 
 from lmppo import PPOConfig

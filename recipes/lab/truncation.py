@@ -9,10 +9,10 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from lab_estimators import configure, true_critic, wrong_critic
-from lab_grid import Problem
-from lab_measure import exactly
-from lab_problem import COMPLETIONS, END, MASK, TOKENS, make_model, next_logits, pay
+from estimators import configure, true_critic, wrong_critic
+from grid import Problem
+from measure import exactly
+from problem import COMPLETIONS, END, MASK, TOKENS, make_model, next_logits, pay
 from torch import Tensor
 
 from lmppo.estimators import estimate, shape_rewards

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from lab_grid import Problem
+from grid import Problem
 from torch import Tensor
 
 

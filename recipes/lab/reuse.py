@@ -6,9 +6,9 @@ import tempfile
 from typing import Any
 
 import torch
-from lab_problem import COMPLETIONS, MASK, PROMPT, TOKENS, cs, make_critic, on_grid, pairs, pay_cs, pay_pairs
-from lab_training import ROLLOUT_SIZE, exact_logprobs, make_trainer, share_of_the_way
+from problem import COMPLETIONS, MASK, PROMPT, TOKENS, cs, make_critic, on_grid, pairs, pay_cs, pay_pairs
 from torch import Tensor
+from training import ROLLOUT_SIZE, exact_logprobs, make_trainer, share_of_the_way
 
 from lmppo import RewardStream
 from lmppo.estimators import estimate, shape_rewards

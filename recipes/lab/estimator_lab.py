@@ -1,6 +1,6 @@
 """Every method of the notes on one small language model whose answers are exact: tables and pictures, on a CPU.
 
-    python recipes/estimator_lab.py --output_dir runs/estimator-lab
+    python recipes/lab/estimator_lab.py --output_dir runs/estimator-lab
 
 Writes lab.md (the tables), lab.json (every number) and lab-*.png; docs/notes.md explains them.
 """
@@ -12,16 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import lab_curves
-import lab_plots
+import figures
+import plots
 import torch
-from lab_estimators import bandits, curves, language_model, table
-from lab_problem import at_the_end, dense
-from lab_report import report
-from lab_reuse import reuse, streams
-from lab_training import OBJECTIVES, VARIANTS, learn, optimum_kl
-from lab_truncation import truncation
+from estimators import bandits, curves, language_model, table
+from problem import at_the_end, dense
+from report import report
+from reuse import reuse, streams
+from training import OBJECTIVES, VARIANTS, learn, optimum_kl
 from transformers.utils.logging import disable_progress_bar
+from truncation import truncation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,15 +70,15 @@ def run(effort: Effort) -> dict[str, Any]:
 def draw(lab: dict[str, Any], directory: Path) -> None:
     """All pictures."""
     sizes = lab["effort"]["sizes"]
-    lab_plots.draw_estimators(lab["dense"], sizes[1], directory / "lab-estimators.png")
-    lab_plots.draw_sizes(lab["dense"], sizes, directory / "lab-sizes.png")
-    lab_plots.draw_knobs(lab["knobs"], sizes[1], directory / "lab-knobs.png")
-    lab_plots.draw_bandits(lab["bandits"], sizes[1], directory / "lab-bandits.png")
+    plots.draw_estimators(lab["dense"], sizes[1], directory / "lab-estimators.png")
+    plots.draw_sizes(lab["dense"], sizes, directory / "lab-sizes.png")
+    plots.draw_knobs(lab["knobs"], sizes[1], directory / "lab-knobs.png")
+    plots.draw_bandits(lab["bandits"], sizes[1], directory / "lab-bandits.png")
     tables = {pay: lab[pay] for pay in ("sparse", "dense")}
-    lab_curves.draw_dense(tables, lab["rewards"], sizes[1], directory / "lab-dense.png")
-    lab_curves.draw_objectives(lab["objectives"], directory / "lab-objectives.png")
-    lab_curves.draw_reuse(lab["reuse"], directory / "lab-reuse.png")
-    lab_curves.draw_streams(lab["streams"], directory / "lab-streams.png")
+    figures.draw_dense(tables, lab["rewards"], sizes[1], directory / "lab-dense.png")
+    figures.draw_objectives(lab["objectives"], directory / "lab-objectives.png")
+    figures.draw_reuse(lab["reuse"], directory / "lab-reuse.png")
+    figures.draw_streams(lab["streams"], directory / "lab-streams.png")
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from lab_plots import COLORS, MARKERS, UNIT, Numbers, save
+from plots import COLORS, MARKERS, UNIT, Numbers, save
 
 LINES = ("-", "--", "-.", ":", (0, (3, 1, 1, 1)), (0, (5, 1)))
 SHARE = "share of the way to the optimum (exact)"
