@@ -27,7 +27,7 @@ from lmppo.plots import read_metrics
 from lmppo.prompts import cut_prompts, pad_left
 from lmppo.sampling import EVALUATION, SamplingParams, sample, uniform_noise
 from reward_models import load
-from reward_models.reviews import load_reviews
+from reward_models.sentiment.reviews import load_reviews
 
 REFERENCE = "recipes/models/tiny-reviews-gpt2"
 CONFIG = "recipes/configs/tiny_reviews.yaml"

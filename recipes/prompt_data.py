@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from lmppo.prompts import check_prompt, cut_prompts
-from reward_models.reviews import load_reviews
+from reward_models.sentiment.reviews import load_reviews
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

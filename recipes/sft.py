@@ -16,7 +16,7 @@ from datasets import Dataset
 from tiny_gpt2 import build_model, publish, train_tokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
-from reward_models.reviews import load_reviews
+from reward_models.sentiment.reviews import load_reviews
 
 
 @dataclass

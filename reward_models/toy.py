@@ -73,17 +73,6 @@ def optimal_distribution(ref_probs: Numbers, rewards: Numbers, *, kl_coef: float
     return _log_weights(ref_probs, rewards, kl_coef).softmax(dim=0)
 
 
-def optimal_objective(ref_probs: Numbers, rewards: Numbers, *, kl_coef: float) -> float:
-    """The largest E[R] - kl_coef * KL(pi || pi_ref): ``kl_coef * log(sum(ref_probs * exp(rewards / kl_coef)))``.
-
-    Args:
-        ref_probs: ``(N,)`` probability of each outcome under the reference.
-        rewards: ``(N,)`` total reward of each outcome.
-        kl_coef: Coefficient of the KL penalty, above 0.
-    """
-    return kl_coef * _log_weights(ref_probs, rewards, kl_coef).logsumexp(dim=0).item()
-
-
 def optimal_probability(ref_prob: float, reward: float, *, kl_coef: float) -> float:
     """The best probability of an outcome of probability ``ref_prob`` that pays ``reward``, all others paying 0."""
     return optimal_distribution([ref_prob, 1 - ref_prob], [reward, 0.0], kl_coef=kl_coef)[0].item()

@@ -14,7 +14,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from trl import RewardConfig, RewardTrainer, TrlParser
 
-from reward_models.passages import labeled_passages
+from reward_models.sentiment.passages import labeled_passages
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # trl's own defaults want a GPU.

@@ -141,6 +141,16 @@ def test_a_policy_of_another_family_takes_one_flag(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").config.model_type == "llama"
 
 
+def test_lora_on_another_family_takes_one_flag(tmp_path):
+    """No name of a module is in the YAML: those of GPT-2 are in no other family."""
+    tiny_llama().save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    flags = ("--model_name_or_path", str(tmp_path / "llama"), "--max_steps", "1")
+    launch("recipes/configs/tiny_reviews_lora.yaml", tmp_path / "run", *flags)
+    adapted = {name.split(".")[-3] for name in load_file(tmp_path / "run/final/adapter/adapter_model.safetensors")}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 def test_two_processes_learn_the_same_as_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     launch("recipes/configs/tiny_reviews.yaml", one, "--max_steps", "2")

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lmppo.rewards import ClassifierReward
 from reward_models import load
-from reward_models.calibration import report
-from reward_models.reviews import load_reviews
+from reward_models.sentiment.calibration import report
+from reward_models.sentiment.reviews import load_reviews
 
 ROOT = Path(__file__).parents[2]
 LANGUAGE_MODEL = ROOT / "recipes" / "models" / "tiny-reviews-gpt2"

@@ -8,7 +8,7 @@ from fakes import tiny_gpt2
 from sklearn.metrics import log_loss, roc_auc_score
 from transformers import GPT2ForSequenceClassification
 
-from reward_models import calibration
+from reward_models.sentiment import calibration
 
 GENERATOR = torch.Generator().manual_seed(0)
 LABELS = torch.randint(0, 2, (500,), generator=GENERATOR)

@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from reward_models.passages import (
+from reward_models.sentiment.passages import (
     cut_passages,
     labeled_passages,
     plain_spelling,
@@ -13,7 +13,7 @@ from reward_models.passages import (
     split_sentences,
     swap_words,
 )
-from reward_models.reviews import load_reviews
+from reward_models.sentiment.reviews import load_reviews
 
 REVIEW = 'I saw it. It was "great!" (Really?) My wife slept... Then 3.5 hours later it ended'
 

@@ -21,9 +21,10 @@ from transformers import (
 )
 
 from lmppo.rewards import ClassifierReward, RewardSet
-from reward_models import load, train_classifier, train_preference
-from reward_models.calibration import report
-from reward_models.teacher import MINI_LM, find_encoder, judge, make_teacher
+from reward_models import load, train_preference
+from reward_models.sentiment import training as train_classifier
+from reward_models.sentiment.calibration import report
+from reward_models.sentiment.teacher import MINI_LM, find_encoder, judge, make_teacher
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "configs" / "sentiment_classifier.yaml"
 WORDS = ("awful", "fine")

@@ -59,7 +59,7 @@ def sentiment_card(report: dict[str, Any], directory: str) -> str:
     """The model card as Markdown.
 
     Args:
-        report: What :mod:`reward_models.train_classifier` measured.
+        report: What :mod:`reward_models.sentiment.training` measured.
         directory: Where the classifier stands; its last part is the card's title.
     """
     lines = ["| texts | model | accuracy | AUC | ECE | NLL |", "|---|---|---|---|---|---|"]

@@ -37,7 +37,7 @@ def make_teacher(name: str, labeled: Dataset, args: TrainingArguments, *, senten
 
     Args:
         name: Directory or Hub id. What has a classification head is used as it is.
-        labeled: The columns of :func:`reward_models.passages.labeled_passages`.
+        labeled: The columns of :func:`reward_models.sentiment.passages.labeled_passages`.
         args: Of the classifier's training: gives ``output_dir`` (the teacher is saved in its ``teacher/``), device,
             precision and seed.
         sentence_repeats: Times each Rotten Tomatoes sentence is read.

@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING
 from zlib import crc32
 
-from reward_models.reviews import load_reviews
+from reward_models.sentiment.reviews import load_reviews
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,7 +76,7 @@ def labeled_passages(split: str, source: str, *, seed: int, min_words: int = 10,
     """All passages of one split's reviews, shuffled, each with its review's label.
 
     Args:
-        split: A split of :func:`reward_models.reviews.load_reviews`.
+        split: A split of :func:`reward_models.sentiment.reviews.load_reviews`.
         source: ``"imdb"`` or ``"rotten_tomatoes"``; the latter's sentences are passages as they are.
         seed: Decides the lengths and the order.
         min_words: Fewest words of a passage.
