@@ -1,4 +1,4 @@
-"""Everything that is logged: names, meanings, and the numbers themselves. All are weighted by the completion mask.
+"""What is logged of a rollout and of the critic, by counted tokens alone; docs/metrics.md explains every name.
 
 The rollout record is the same on every process, so what is computed from it here needs no reduction; the update's
 numbers are reduced where they arise (:mod:`lmppo.update`).
@@ -9,59 +9,6 @@ from torch import Tensor
 
 from lmppo.collector import ScoredRollout
 from lmppo.functional import explained_variance, masked_mean, masked_var
-
-# Name -> meaning; docs/metrics.md gives formulas and healthy ranges, and a test holds the two together.
-METRICS = {
-    "step": "PPO iterations done, this one included",
-    "epoch": "passes over the prompts so far",
-    "reward": "mean over completions of the weighted sum of what the reward functions return, before any KL penalty",
-    "reward_std": "standard deviation of the same over the batch",
-    "rewards/{name}/mean": "mean of what one reward or watch function returns, where it applies",
-    "rewards/{name}/std": "standard deviation of the same",
-    "kl_to_ref": "k1 estimate of KL(policy || reference), summed over the completion, mean over completions, in nats",
-    "kl_coef": "coefficient of the KL penalty in this iteration's rewards",
-    "rlhf_reward": "reward minus kl_coef times kl_to_ref: what the policy is trained on",
-    "entropy": "mean entropy of the next-token distribution during the update, in nats per token",
-    "sampled_entropy": "mean of -logprob over the sampled tokens, in nats per token",
-    "completion_length": "mean number of tokens per completion, EOS included",
-    "completion_length/min": "the shortest completion",
-    "completion_length/max": "the longest completion",
-    "eos_rate": "share of completions that ended with EOS",
-    "distinct_2": "distinct token pairs over all token pairs of the batch's completions",
-    "advantage/mean": "mean advantage before whitening",
-    "advantage/std": "standard deviation of the same",
-    "return/mean": "mean of the critic's targets",
-    "return/std": "standard deviation of the same",
-    "value/mean": "mean value the critic gave at sampling",
-    "explained_variance": "1 - Var[returns - values] / Var[returns], with the values at sampling",
-    "critic/explained_variance": "the same against Monte-Carlo returns (rewards-to-go), streams summed",
-    "critic/trusted": "with baseline=auto: share of reward streams whose critic was used, not the batch mean",
-    "policy_loss": "mean policy loss over the update's steps",
-    "value_loss": "mean value loss over the update's steps",
-    "approx_kl": "k3 estimate of KL(old || new), mean over the update's tokens, in nats per token",
-    "policy_kl": "with objective=kl_penalty: the same KL after the whole update",
-    "policy_kl_coef": "with objective=kl_penalty: beta, the price of that KL in this iteration's loss",
-    "kl_loss": "with the KL to the reference in the loss: its estimate there, mean over the update's tokens",
-    "trpo/kl": "with objective=trpo: exact mean KL(old || new) per token of the step taken",
-    "trpo/grad_norm": "norm of the surrogate's gradient",
-    "trpo/expected_improvement": "rise of the surrogate that the gradient promised for the whole step",
-    "trpo/improvement": "rise of the surrogate by the step taken",
-    "trpo/step_fraction": "share of the whole step that the line search took; 0: none",
-    "trpo/cg_residual": "relative residual of the conjugate gradients",
-    "clip_frac": "share of tokens whose ratio left the clip range",
-    "value_clip_frac": "share of tokens whose value moved further than value_clip_range",
-    "ratio": "mean ratio of new to old probability",
-    "grad_norm": "mean gradient norm before clipping, over the optimizer's steps",
-    "learning_rate": "learning rate of the policy in this iteration",
-    "critic_learning_rate": "learning rate of the critic in this iteration",
-    "optimizer_steps": "optimizer steps taken in this iteration",
-    "early_stop": "1 if target_kl ended the update early",
-    "first_ratio_error": "largest |log ratio| on the first minibatch: rounding alone, or a bug",
-    "num_tokens": "completion tokens sampled so far",
-    "tokens_per_second": "completion tokens per second of this iteration, sampling and update together",
-    "time/rollout": "seconds spent on sampling, scoring and reference log-probabilities",
-    "time/update": "seconds spent on the update",
-}
 
 
 def rollout_metrics(scored: ScoredRollout, *, kl_coef: float) -> dict[str, float]:

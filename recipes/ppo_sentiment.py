@@ -37,9 +37,7 @@ class RecipeArguments:
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the reference is without it."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int = field(default=32, metadata={"help": "The adapter is scaled by lora_alpha / lora_r."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules to adapt (all linear layers)."}
-    )
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Default: all linear layers."})
     show: int = field(default=8, metadata={"help": "Held-out prompts to show before and after."})
 
     def __post_init__(self) -> None:

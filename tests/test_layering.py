@@ -4,8 +4,6 @@ import ast
 import functools
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 # Lower layers first. A module may import what stands before it, in its own layer or below.
@@ -52,7 +50,8 @@ def module_of(name: str) -> str | None:
     return parts[1] if parts[0] == "lmppo" and len(parts) > 1 and parts[1] in ORDER else None
 
 
-LMPPO = sorted(p for p in (ROOT / "lmppo").rglob("*.py") if p.parent.name != "functional" and p.stem != "__init__")
+LIBRARY = sorted((ROOT / "lmppo").rglob("*.py"))
+LMPPO = [p for p in LIBRARY if p.parent.name not in ("functional",) and p != ROOT / "lmppo" / "__init__.py"]
 
 
 def unit(path: Path) -> str:
@@ -60,32 +59,66 @@ def unit(path: Path) -> str:
     return path.relative_to(ROOT / "lmppo").parts[0].removesuffix(".py")
 
 
+def test_there_is_something_to_read():
+    """A rule over no file at all would hold."""
+    names = {label(path) for path in SOURCES}
+    assert {
+        "lmppo/trainer.py",
+        "lmppo/run/run.py",
+        "recipes/lab/grid.py",
+        "reward_models/sentiment/training.py",
+    } <= names
+
+
 def test_every_module_has_its_layer():
     assert {unit(p) for p in LMPPO} | {"functional"} == set(ORDER)
 
 
-@pytest.mark.parametrize("path", LMPPO, ids=label)
-def test_imports_point_downward(path):
-    own = unit(path)
-    names = {n for n in imported(path) if path.parent.name == "lmppo" or not n.startswith(f"lmppo.{own}")}
-    upward = {name for name in names if (m := module_of(name)) and ORDER.index(m) >= ORDER.index(own)}
-    assert not upward, f"{path.stem} imports {sorted(upward)}, which stands above it"
+def test_imports_point_downward():
+    upward = []
+    for path in LMPPO:
+        own = unit(path)
+        names = {n for n in imported(path) if path.parent.name == "lmppo" or not n.startswith(f"lmppo.{own}")}
+        upward += [
+            f"{label(path)} imports {name}, which stands above it"
+            for name in sorted(names)
+            if (m := module_of(name)) and ORDER.index(m) >= ORDER.index(own)
+        ]
+    assert not upward
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lmppo").rglob("*.py")), ids=label)
-def test_the_library_never_imports_rewards_or_recipes(path):
-    assert not {n for n in imported(path) if n.split(".")[0] in ("reward_models", "recipes", "tests")}
+def test_no_module_imports_from_the_package_itself():
+    """``from lmppo import PPOConfig`` would hide which layer a name comes from."""
+    hidden = []
+    for path in LMPPO:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ImportFrom) and node.module == "lmppo":
+                hidden += [f"{label(path)}: {a.name}" for a in node.names if a.name not in (*ORDER, "__version__")]
+    assert not hidden
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "reward_models").rglob("*.py")), ids=label)
-def test_rewards_never_import_recipes(path):
-    assert not {n for n in imported(path) if n.split(".")[0] in ("recipes", "tests")}
+def test_nothing_imports_what_stands_outside():
+    """lmppo never imports reward_models or recipes, and reward_models never recipes."""
+    rules = {"lmppo": ("reward_models", "recipes", "tests"), "reward_models": ("recipes", "tests")}
+    found = [
+        f"{label(path)} imports {name}"
+        for folder, forbidden in rules.items()
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in sorted(imported(path))
+        if name.split(".")[0] in forbidden
+    ]
+    assert not found
 
 
 def test_the_lowest_modules_do_without_the_hugging_face_stack():
-    for name in LAYERS[1] + LAYERS[2]:
-        heavy = {n.split(".")[0] for n in imported(ROOT / "lmppo" / f"{name}.py")}
-        assert not heavy & {"transformers", "peft", "datasets", "accelerate", "trl"}, name
+    heavy = {"transformers", "peft", "datasets", "accelerate", "trl"}
+    found = [
+        f"{name} imports {module}"
+        for name in LAYERS[1] + LAYERS[2]
+        for module in sorted(imported(ROOT / "lmppo" / f"{name}.py"))
+        if module.split(".")[0] in heavy
+    ]
+    assert not found
 
 
 def test_rollout_and_update_meet_only_in_the_records():
@@ -93,29 +126,37 @@ def test_rollout_and_update_meet_only_in_the_records():
     assert not {n for n in imported(ROOT / "lmppo" / "collector.py") if n.startswith("lmppo.update")}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=label)
-def test_files_are_short(path):
-    limit = 120 if path.is_relative_to(ROOT / "recipes") else 400
-    lines = len(path.read_text().splitlines())
-    assert lines <= limit, f"{lines} lines, at most {limit}: move what is a thought of its own to a file of its own"
+def test_files_are_short():
+    """Long files are worth a second look: is one thought in them another's?"""
+    lines = {
+        label(p): (len(p.read_text().splitlines()), 120 if label(p).startswith("recipes") else 400) for p in SOURCES
+    }
+    assert not {name: f"{count} lines, at most {limit}" for name, (count, limit) in lines.items() if count > limit}
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=label)
-def test_functions_are_short_and_flat(path):
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, FUNCTIONS):
-            lines, depth = body_lines(node), nesting(node.body)
-            assert lines <= 60, (
-                f"{label(path)}:{node.lineno} {node.name} has {lines} lines without docstring, at most 60"
-            )
-            assert depth <= 3, f"{label(path)}:{node.lineno} {node.name} is nested {depth} deep, at most 3"
+def functions():
+    """Every function of every source, by the place where it stands."""
+    for path in SOURCES:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, FUNCTIONS):
+                yield f"{label(path)}:{node.lineno} {node.name}", node
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=label)
-def test_functions_return_at_most_pairs(path):
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
-            assert len(node.value.elts) <= 2, f"{label(path)}:{node.lineno}: return a record instead of a long tuple"
+def test_functions_are_short_and_flat():
+    long = [f"{where}: {n} lines, at most 60" for where, f in functions() if (n := body_lines(f)) > 60]
+    deep = [f"{where}: nested {n} deep, at most 3" for where, f in functions() if (n := nesting(f.body)) > 3]
+    assert not long + deep
+
+
+def test_functions_return_at_most_pairs():
+    """Longer tuples are records without names."""
+    long = [
+        f"{where}, line {node.lineno}"
+        for where, function in functions()
+        for node in ast.walk(function)
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) > 2
+    ]
+    assert not long
 
 
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
