@@ -4,17 +4,19 @@ Every process samples and scores its own rows; the record is then gathered, so t
 and the math after it (advantages, whitening, metrics) is the same everywhere and needs no further communication.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers.trainer_callback import TrainerState
 
 from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3
 from lmppo.models import ActorCritic, Reference, score_tokens
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
+from lmppo.protocols import Tokenizer
 from lmppo.records import Rollout, Samples, Tokens
 from lmppo.rewards import RewardSet, Scores
 from lmppo.sampling import ROLLOUT, SamplingParams, sample, uniform_noise
@@ -70,11 +72,11 @@ class Collector:
         model: nn.Module,
         reference: Reference,
         rewards: RewardSet,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         params: SamplingParams,
         config: CollectorSettings,
         accelerator: Accelerator,
-        trainer_state: Any = None,
+        trainer_state: TrainerState | None = None,
     ) -> None:
         self.actor_critic: ActorCritic = accelerator.unwrap_model(model)
         self.reference = reference
@@ -100,8 +102,8 @@ class Collector:
         """
         rows = local_rows(len(prompts), self.accelerator)
         width = max(len(ids) for ids in prompts.input_ids)
-        mine = prompts.rows(rows)
-        prompt_ids, prompt_mask = (x.to(self.accelerator.device) for x in pad_left(mine.input_ids, width))
+        own_prompts = prompts.rows(rows)
+        prompt_ids, prompt_mask = (x.to(self.accelerator.device) for x in pad_left(own_prompts.input_ids, width))
         noise = uniform_noise(self.config.seed, iteration, rows, self.params.max_completion_length, purpose=purpose)
         with self.accelerator.autocast():
             samples = sample(self.actor_critic, prompt_ids, prompt_mask, noise, self.params)
@@ -110,7 +112,7 @@ class Collector:
             ref_logprobs = self._score_tokens(self.reference.logits, samples)
             kl_penalty = self._kl_penalty(samples, ref_logprobs)
             bootstrap_values = self._bootstrap_values(samples)
-        scores = self._score(mine, samples)
+        scores = self._score(own_prompts, samples)
         rollout = Rollout(
             tokens=samples.tokens,
             logprobs=samples.logprobs,
@@ -134,7 +136,7 @@ class Collector:
             extras=_join([scores.extras], self.accelerator),
         )
 
-    def _score_tokens(self, logits_of: Any, samples: Samples) -> Tensor:
+    def _score_tokens(self, logits_of: Callable[[Tokens], Tensor], samples: Samples) -> Tensor:
         return score_tokens(logits_of, samples, self.params.temperature, self.config.micro_batch_size)
 
     @torch.no_grad()
@@ -166,20 +168,20 @@ class Collector:
         n_kept, n_dropped = largest.amax(dim=0).tolist()
         return samples.support.compact(n_kept, n_dropped)
 
-    def _score(self, mine: PromptBatch, samples: Samples) -> Scores:
+    def _score(self, own_prompts: PromptBatch, samples: Samples) -> Scores:
         """Score this process's rows; an error on one process is raised on all, before anyone waits for the others."""
         texts = decode_completions(self.tokenizer, samples.tokens)
-        completions: list[Any] = [
+        completions: list[str | list[dict[str, str]]] = [
             [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
-            for prompt, text in zip(mine.prompts, texts, strict=True)
+            for prompt, text in zip(own_prompts.prompts, texts, strict=True)
         ]
         error: Exception | None = None
         try:
             scores = self.rewards.score(
-                mine.prompts,
+                own_prompts.prompts,
                 completions,
                 samples.tokens.counted_ids(),
-                mine.columns,
+                own_prompts.columns,
                 self.trainer_state,
                 samples.completion_mask.shape[1],
             )
@@ -195,7 +197,7 @@ class Collector:
         return scores
 
 
-def decode_completions(tokenizer: Any, tokens: Tokens) -> list[str]:
+def decode_completions(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:
     """The counted tokens as text, special tokens left out."""
     return tokenizer.batch_decode(tokens.counted_ids(), skip_special_tokens=True)
 

@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from lmppo.models import ActorCritic, load_weights
+from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.settings import AdvantageSettings
 
 AUTO = "auto:"
@@ -45,7 +46,7 @@ class _Match:
 
 
 def load_critic(
-    critic: str | Path | PreTrainedModel, policy: Any, n_streams: int = 1, *, tokenizer: Any = None
+    critic: str | Path | PreTrainedModel, policy: CausalLM, n_streams: int = 1, *, tokenizer: Tokenizer | None = None
 ) -> PreTrainedModel | None:
     """A critic of its own: a token-classification model with one label per stream.
 
@@ -114,7 +115,7 @@ def _tokenizer_at(name: str, *, may_download: bool) -> Any:
     return tokenizer if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else None
 
 
-def _compare(policy: Any, tokenizer: Any, its_tokenizer: Any, name: str) -> _Match:
+def _compare(policy: CausalLM, tokenizer: Tokenizer | None, its_tokenizer: Tokenizer | None, name: str) -> _Match:
     if tokenizer is None:
         tokenizer = _tokenizer_at(_name_of(policy), may_download=False)
     if tokenizer is None or its_tokenizer is None:
@@ -123,7 +124,7 @@ def _compare(policy: Any, tokenizer: Any, its_tokenizer: Any, name: str) -> _Mat
     return _Match(name, difference=_difference(tokenizer.get_vocab(), its_tokenizer))
 
 
-def _difference(tokens: dict[str, int], its_tokenizer: Any) -> str:
+def _difference(tokens: dict[str, int], its_tokenizer: Tokenizer) -> str:
     """What the critic would misread, with an example or two; empty if nothing."""
     its_tokens = its_tokenizer.get_vocab()
     misread = sorted((i, token) for token, i in tokens.items() if its_tokens.get(token) != i)
@@ -131,14 +132,14 @@ def _difference(tokens: dict[str, int], its_tokenizer: Any) -> str:
         count = f"{len(misread)} of the policy's {len(tokens)} tokens have another id in its tokenizer, or none"
         shown = [f"{token!r} is {i}, and {its_tokens.get(token, 'unknown')} there" for i, token in misread[:2]]
         return f"{count} ({'; '.join(shown)})"
-    more = sorted(set(its_tokens) - set(tokens) - set(its_tokenizer.get_added_vocab()), key=its_tokens.get)
+    more = sorted(set(its_tokens) - set(tokens) - set(its_tokenizer.get_added_vocab()), key=its_tokens.__getitem__)
     if more:
         shown = [repr(token) for token in more[:2]]
         return f"its tokenizer cuts text into {len(more)} tokens that the policy's lacks ({', '.join(shown)})"
     return ""
 
 
-def _checked(critic: Any, policy: Any, n_streams: int, match: _Match) -> PreTrainedModel:
+def _checked(critic: Any, policy: CausalLM, n_streams: int, match: _Match) -> PreTrainedModel:
     """The critic in float32, if its labels and the size of its vocabulary fit."""
     if getattr(critic.config, "num_labels", None) != n_streams:
         raise ValueError(f"critic has {critic.config.num_labels} labels; expected {n_streams}, one per reward stream.")
@@ -197,7 +198,7 @@ def _no_load_report() -> Iterator[None]:
 
 
 def make_actor_critic(
-    policy: Any, critic: Any, args: AdvantageSettings, tokenizer: Any = None, *, n_streams: int
+    policy: CausalLM, critic: Any, args: AdvantageSettings, tokenizer: Tokenizer | None = None, *, n_streams: int
 ) -> ActorCritic:
     """Policy and critic; without a use for the critic its head stays as it is.
 

@@ -58,12 +58,12 @@ def shape_rewards(
         streams: The reward streams.
         kl_coef: Price of a nat.
     """
-    payer = kl_stream(streams or ())
+    kl_index = kl_stream(streams or ())
     rewards = []
     for k in range(rollout.scores.shape[-1]):
-        coef = kl_coef if k == payer and config.kl_in_reward else 0.0
+        coef = kl_coef if k == kl_index and config.kl_in_reward else 0.0
         scores = rollout.scores[..., k]
-        if k == payer and config.truncation == "penalty":
+        if k == kl_index and config.truncation == "penalty":
             scores = scores - config.truncation_penalty * _last_token_of_cut_rows(rollout)
         rewards.append(kl_shaped_rewards(scores, rollout.kl_penalty, rollout.completion_mask, kl_coef=coef))
     return torch.stack(rewards, dim=-1)
@@ -143,12 +143,12 @@ def estimate(
     """
     mask = _learned(rollout, config)
     views = stream_views(rollout, rewards, mask, config, streams or default_streams(rewards.shape[-1]))
-    trusted = [_is_trusted(view, config) for view in views]
-    advantages = torch.stack([_advantages(view, trust, config) for view, trust in zip(views, trusted, strict=True)])
+    relied = [_relies_on_critic(view, config) for view in views]
+    advantages = torch.stack([_advantages(view, relies, config) for view, relies in zip(views, relied, strict=True)])
     advantages = torch.where(mask, advantages.sum(dim=0), 0.0)
     metrics: dict[str, float] = {}
     if config.baseline == "auto":
-        metrics["critic/trusted"] = sum(trusted) / len(trusted)
+        metrics["critic/trusted"] = sum(relied) / len(relied)
     if config.uses_critic:
         sampled = torch.stack([view.sampled_returns for view in views]).sum(dim=0)
         metrics["critic/explained_variance"] = explained_variance(rollout.values.sum(dim=-1), sampled, mask).item()
@@ -175,22 +175,22 @@ def _learned(rollout: Rollout, config: EstimatorSettings) -> Tensor:
     return mask
 
 
-def _is_trusted(view: StreamView, config: EstimatorSettings) -> bool:
+def _relies_on_critic(view: StreamView, config: EstimatorSettings) -> bool:
     """Whether the critic is the baseline of this stream."""
     if config.baseline == "auto":
         return explained_variance(view.values, view.sampled_returns, view.learned).item() > 0
     return config.baseline == "critic"
 
 
-def _advantages(view: StreamView, trusted: bool, config: EstimatorSettings) -> Tensor:
+def _advantages(view: StreamView, relies_on_critic: bool, config: EstimatorSettings) -> Tensor:
     """``(B, T)`` the weights of one stream's tokens, less their baseline."""
-    if config.estimator == "gae" and trusted:
+    if config.estimator == "gae" and relies_on_critic:
         return _gae(view, _lam(view, config))[0]
     weights = view.sampled_returns
     if config.estimator == "total_return":
         weights = total_return(view.rewards, view.mask, gamma=view.gamma)
     baseline = torch.zeros_like(weights)
-    if trusted:
+    if relies_on_critic:
         baseline = view.values
     elif config.baseline == "leave_one_out":
         baseline = leave_one_out_baseline(weights, view.learned, group_size=config.num_generations)

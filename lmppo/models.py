@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lmppo.functional import token_logprobs
 from lmppo.functional._inputs import widen
-from lmppo.records import Tokens
+from lmppo.protocols import CausalLM
+from lmppo.records import TokenRecord, Tokens
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -111,7 +112,7 @@ class LanguageModel:
         model: A causal language model, plain or with a peft adapter, in evaluation mode.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self.model = model
         self.trunk: Any = None
         self._output_class: Any = None
@@ -190,7 +191,7 @@ class ActorCritic(nn.Module):
     critic: Any
     value_head: Any
 
-    def __init__(self, policy: Any, critic: PreTrainedModel | None = None, n_streams: int = 1) -> None:
+    def __init__(self, policy: CausalLM, critic: PreTrainedModel | None = None, n_streams: int = 1) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
@@ -267,7 +268,7 @@ class ActorCritic(nn.Module):
 
 @torch.no_grad()
 def score_tokens(
-    logits_of: Callable[[Tokens], Tensor], record: Any, temperature: float, micro_batch_size: int
+    logits_of: Callable[[Tokens], Tensor], record: TokenRecord, temperature: float, micro_batch_size: int
 ) -> Tensor:
     """``(B, T)`` log-probabilities of sampled tokens under a model, a few rows at a time; 0 where the mask is False.
 
@@ -278,7 +279,7 @@ def score_tokens(
         micro_batch_size: Rows per forward pass.
     """
 
-    def score(micro: Any) -> Tensor:
+    def score(micro: TokenRecord) -> Tensor:
         return token_logprobs(
             logits_of(micro.tokens),
             micro.tokens.completion_ids,
@@ -314,7 +315,7 @@ class Reference:
         ValueError: ``ref_model`` has another vocabulary than the policy.
     """
 
-    def __init__(self, policy: Any, ref_model: Any = None) -> None:
+    def __init__(self, policy: CausalLM, ref_model: PreTrainedModel | None = None) -> None:
         self.adapter_off = ref_model is None and hasattr(policy, "disable_adapter")
         if ref_model is not None:
             n_policy, n_ref = (m.get_input_embeddings().num_embeddings for m in (policy, ref_model))
@@ -323,7 +324,7 @@ class Reference:
                     f"ref_model knows {n_ref} tokens and the policy {n_policy}: a KL needs distributions over the same "
                     f"vocabulary. Give a reference with the policy's tokenizer and embedding size."
                 )
-        model = policy if self.adapter_off else ref_model if ref_model is not None else copy.deepcopy(policy)
+        model: Any = policy if self.adapter_off else ref_model if ref_model is not None else copy.deepcopy(policy)
         if not self.adapter_off:
             model = model.float().requires_grad_(False)
         self.model = model.eval()

@@ -1,11 +1,11 @@
 """AdamW, and the learning rate as a pure function of the iteration: nothing to save, nothing to step twice."""
 
 import math
-from typing import Any
 
 import torch
 
 from lmppo.models import ActorCritic
+from lmppo.protocols import Optimizer
 from lmppo.settings import OptimizerSettings, ScheduleSettings
 
 
@@ -48,7 +48,7 @@ def learning_rate_at(iteration: int, base: float, config: ScheduleSettings) -> f
     return base
 
 
-def set_learning_rates(optimizer: Any, iteration: int, config: ScheduleSettings) -> tuple[float, float]:
+def set_learning_rates(optimizer: Optimizer, iteration: int, config: ScheduleSettings) -> tuple[float, float]:
     """Set the learning rates of the optimizer's two groups, policy and critic, for this iteration, and return them."""
     bases = (config.learning_rate, config.critic_learning_rate or config.learning_rate)
     rates = tuple(learning_rate_at(iteration, base, config) for base in bases)

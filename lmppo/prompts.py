@@ -332,7 +332,7 @@ def cut_prompts(dataset: Any, tokenizer: Tokenizer, prompt_tokens: int) -> Any:
     return dataset
 
 
-def load_tokenizer(name_or_path: str) -> Any:
+def load_tokenizer(name_or_path: str) -> Tokenizer:
     """The tokenizer that lies beside a model's weights.
 
     Raises:
@@ -349,7 +349,7 @@ def load_tokenizer(name_or_path: str) -> Any:
         ) from error
 
 
-def make_prompt_encoder(tokenizer: Any, readers: dict[str, Any], args: SamplingSettings) -> PromptEncoder:
+def make_prompt_encoder(tokenizer: Tokenizer, readers: dict[str, Any], args: SamplingSettings) -> PromptEncoder:
     """The encoder of prompts.
 
     Args:

@@ -1,7 +1,9 @@
 """What lmppo asks of objects that other libraries make."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
+
+from torch import nn
 
 
 class Tokenizer(Protocol):
@@ -33,5 +35,52 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]:
         """The id of each token."""
 
+    def get_added_vocab(self) -> dict[str, int]:
+        """Those of them that were added to the vocabulary that the text was learned with."""
+
     def save_pretrained(self, save_directory: Any) -> Any:
         """Write the tokenizer's files into a directory."""
+
+
+class CausalLM(Protocol):
+    """What lmppo uses of a policy or a reference: a causal language model of transformers, plain or with an adapter."""
+
+    config: Any
+    generation_config: Any
+
+    def __call__(self, **inputs: Any) -> Any:
+        """An output with ``logits (B, S, V)``."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights by name."""
+
+    def get_input_embeddings(self) -> Any:
+        """The module that embeds tokens."""
+
+    def get_output_embeddings(self) -> Any:
+        """The module that gives logits."""
+
+
+class Optimizer(Protocol):
+    """What lmppo uses of an optimizer, plain or wrapped by accelerate."""
+
+    param_groups: list[dict[str, Any]]
+
+    def step(self) -> Any:
+        """Move the parameters along their gradients."""
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+
+
+class Stateful(Protocol):
+    """What a checkpoint holds beside weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""

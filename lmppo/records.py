@@ -58,9 +58,15 @@ class Tokens(Record):
 
 @dataclass(frozen=True)
 class TokenRecord(Record):
-    """A record of what is known of some tokens."""
+    """What is known of some tokens.
+
+    Attributes:
+        tokens: The prompts and completions.
+        support: The tokens that could be sampled (top-k, top-p, min-p).
+    """
 
     tokens: Tokens
+    support: Support
 
     @property
     def completion_mask(self) -> Tensor:
@@ -98,7 +104,6 @@ class TokenRecord(Record):
 class Samples(TokenRecord):
     """What was sampled; meanings as in :class:`Rollout`."""
 
-    support: Support
     logprobs: Tensor = axes("B T")
     values: Tensor = axes("B T K")
     ended: Tensor = axes("B", torch.bool)
@@ -125,7 +130,6 @@ class Rollout(TokenRecord):
         max_logit: ``(B,)`` the largest |logit| that the tokens of a row were sampled from, -inf left out.
     """
 
-    support: Support
     logprobs: Tensor = axes("B T")
     ref_logprobs: Tensor = axes("B T")
     values: Tensor = axes("B T K")
@@ -155,7 +159,6 @@ class Experience(TokenRecord):
         returns: ``(B, T, K)`` the critic's targets.
     """
 
-    support: Support
     old_logprobs: Tensor = axes("B T")
     ref_logprobs: Tensor = axes("B T")
     old_values: Tensor = axes("B T K")

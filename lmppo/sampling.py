@@ -7,7 +7,6 @@ Axes: ``B`` rows, ``P`` prompt positions, ``T`` completion positions, ``V`` voca
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKL
 from lmppo.checks import check_logits
 from lmppo.functional import token_logprobs
 from lmppo.models import ActorCritic, position_ids_of, takes_position_ids
+from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.records import Samples, Tokens
 from lmppo.settings import SamplingSettings
 from lmppo.support import Support, pack
@@ -47,7 +47,7 @@ class SamplingParams:
     min_p: float = 0.0
 
     @classmethod
-    def of(cls, config: SamplingSettings, tokenizer: Any, policy: Any) -> "SamplingParams":
+    def of(cls, config: SamplingSettings, tokenizer: Tokenizer, policy: CausalLM) -> "SamplingParams":
         """What the configuration asks for, ending at the model's (or else the tokenizer's) end-of-text tokens."""
         eos = getattr(policy.generation_config, "eos_token_id", None)
         eos = tokenizer.eos_token_id if eos is None else eos

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer_callback import TrainerState
 
 from lmppo.checks import check_kl_zero, rounding_tolerance
@@ -27,9 +27,10 @@ from lmppo.metrics import critic_metrics, rollout_metrics
 from lmppo.models import ActorCritic, Reference, load_policy
 from lmppo.optimizer import make_optimizer, set_learning_rates
 from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
+from lmppo.protocols import Tokenizer
 from lmppo.records import Experience, Rollout
 from lmppo.rewards import RewardSet, make_streams
-from lmppo.run import Run
+from lmppo.run import Callbacks, Run
 from lmppo.sampling import EVALUATION, SamplingParams
 from lmppo.trpo import trpo_update
 from lmppo.update import critic_epochs, critic_update, logprobs_now, ppo_update
@@ -82,12 +83,12 @@ class PPOTrainer:
         args: PPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Any = None,
+        processing_class: Tokenizer | None = None,
         reward_processing_classes: Any = None,
         peft_config: "PeftConfig | None" = None,
         ref_model: PreTrainedModel | str | None = None,
         critic: PreTrainedModel | str | None = None,
-        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] | None = None,
+        callbacks: Callbacks | None = None,
         reward_streams: Sequence[RewardStream | dict] | None = None,
         run_settings: dict[str, Any] | None = None,
         watch_funcs: Any = None,
@@ -136,9 +137,9 @@ class PPOTrainer:
         self.run = self._make_run(dict(run_settings or {}), callbacks)
         parts = (self.rewards, self.processing_class, params, self.args, self.accelerator, self.state)
         self.collector = Collector(self.model, self.reference, *parts)
-        self.newest: Step | None = None
+        self.last_step: Step | None = None
 
-    def _make_run(self, run_settings: dict[str, Any], callbacks: Any) -> Run:
+    def _make_run(self, run_settings: dict[str, Any], callbacks: Callbacks | None) -> Run:
         return Run(
             self.args,
             self.accelerator,
@@ -224,7 +225,7 @@ class PPOTrainer:
         # 3. Estimate advantages, and what the critic is to learn.
         estimated = estimate(rollout, rewards, args, self.streams)
         experience = Experience.from_rollout(rollout, estimated.advantages, estimated.returns, estimated.mask)
-        self.newest = Step(scored, experience, rewards, kl_coef)
+        self.last_step = Step(scored, experience, rewards, kl_coef)
 
         # 4. Learn.
         self.control.warmup.update(iteration, estimated.metrics.get("critic/explained_variance", 0.0))
@@ -329,12 +330,12 @@ class PPOTrainer:
         self.run.save_checkpoint(self._keep_rollouts())
 
     def _keep_rollouts(self) -> Callable[[Path], None] | None:
-        """What writes the newest rollout into a checkpoint, with its log-probabilities under the policy as it is now."""
-        if not self.args.save_rollouts or self.newest is None:
+        """What writes the last rollout into a checkpoint, with its log-probabilities under the policy as it is now."""
+        if not self.args.save_rollouts or self.last_step is None:
             return None
-        new = logprobs_now(self.model, self.newest.experience, self.args, self.accelerator)
+        new = logprobs_now(self.model, self.last_step.experience, self.args, self.accelerator)
         keep = partial(save_rollouts, new_logprobs=new, config=self.args, tokenizer=self.processing_class)
-        return partial(keep, rows=self.args.save_rollouts, streams=self.streams, **vars(self.newest))
+        return partial(keep, rows=self.args.save_rollouts, streams=self.streams, **vars(self.last_step))
 
 
 def _is_due(every: int | None, step: int) -> bool:

@@ -12,7 +12,6 @@ Background: docs/notes.md, "TRPO".
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +23,7 @@ from lmppo.checks import NonFiniteError, check_first_ratio
 from lmppo.functional import exact_kl, importance_sampled_loss, token_logprobs_and_entropy
 from lmppo.loss import ratio_sums
 from lmppo.models import LanguageModel
+from lmppo.protocols import CausalLM
 from lmppo.records import Experience
 from lmppo.settings import TRPOUpdateSettings
 
@@ -187,13 +187,13 @@ class PolicyBatch:
     """
 
     def __init__(
-        self, policy: Any, experience: Experience, config: TRPOUpdateSettings, accelerator: Accelerator
+        self, policy: CausalLM, experience: Experience, config: TRPOUpdateSettings, accelerator: Accelerator
     ) -> None:
         self.policy = _Logits(policy, accelerator)
         self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         _check_differentiable(policy, self.parameters)
-        mine = experience.rows(slice(accelerator.process_index, None, accelerator.num_processes))
-        self.micros = [micro for _, micro in mine.micro_batches(config.micro_batch_size)]
+        own_rows = experience.rows(slice(accelerator.process_index, None, accelerator.num_processes))
+        self.micros = [micro for _, micro in own_rows.micro_batches(config.micro_batch_size)]
         self.n_tokens = max(1, int(experience.completion_mask.sum()))
         self.config, self.accelerator = config, accelerator
 
@@ -218,12 +218,12 @@ class PolicyBatch:
     def measure(self, parameters: dict[str, Tensor]) -> Measures:
         """The policy with some of its parameters replaced, against the policy as it is."""
 
-        def one_row(micro: Experience) -> Tensor:
+        def measures_of(micro: Experience) -> Tensor:
             new = functional_call(self.policy, parameters, (micro,))
             numbers = self._losses(micro, new) | {"trpo/kl": self._kl(micro, self.policy(micro), new)}
             return torch.stack([numbers[name] for name in _MEASURES])
 
-        rows = torch.stack([one_row(micro) for micro in self.micros])
+        rows = torch.stack([measures_of(micro) for micro in self.micros])
         means = self.accelerator.reduce(rows[:, :-1].sum(dim=0), reduction="sum") / self.n_tokens
         largest = self.accelerator.gather(rows[:, -1].max().reshape(1)).max()
         return dict(zip(_MEASURES, [*means.tolist(), largest.item()], strict=True))
@@ -266,7 +266,7 @@ class _Logits(nn.Module):
     The fused kernels of scaled_dot_product_attention cannot; its plain one can, and computes what eager attention does.
     """
 
-    def __init__(self, policy: Any, accelerator: Accelerator) -> None:
+    def __init__(self, policy: CausalLM, accelerator: Accelerator) -> None:
         super().__init__()
         self.policy = policy
         self.language_model = LanguageModel(policy)
@@ -278,7 +278,7 @@ class _Logits(nn.Module):
             return self.language_model.logits_of(states)[:, :-1]
 
 
-def _check_differentiable(policy: Any, parameters: dict[str, nn.Parameter]) -> None:
+def _check_differentiable(policy: CausalLM, parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if parameter.numel() == 0 or hasattr(parameter, "device_mesh"):
             raise ValueError(

@@ -9,7 +9,6 @@ that same global count, so that the gradient does not depend on how a minibatch 
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from lmppo.checks import check_first_ratio, check_gradients
 from lmppo.loss import Penalties, ppo_loss
 from lmppo.models import HEADS, score_tokens
+from lmppo.protocols import Optimizer
 from lmppo.records import Experience
 from lmppo.settings import UpdateSettings
 
@@ -32,7 +32,7 @@ def minibatch_rows(n_rows: int, minibatch_size: int, *, seed: int, iteration: in
 
 def ppo_update(
     model: nn.Module,
-    optimizer: Any,
+    optimizer: Optimizer,
     experience: Experience,
     config: UpdateSettings,
     accelerator: Accelerator,
@@ -78,7 +78,7 @@ def ppo_update(
 
 def critic_update(
     model: nn.Module,
-    optimizer: Any,
+    optimizer: Optimizer,
     experience: Experience,
     config: UpdateSettings,
     accelerator: Accelerator,
@@ -119,7 +119,7 @@ def critic_epochs(config: UpdateSettings, *, warmup: bool = False) -> int:
 
 def _run_passes(
     model: nn.Module,
-    optimizer: Any,
+    optimizer: Optimizer,
     experience: Experience,
     config: UpdateSettings,
     accelerator: Accelerator,
@@ -161,9 +161,9 @@ def accumulate_gradients(
 ) -> dict[str, float]:
     """The gradient of the minibatch's loss, micro-batch by micro-batch, over all processes; and what was seen."""
     n_tokens = int(minibatch.completion_mask.sum())
-    mine = minibatch.rows(slice(accelerator.process_index, None, accelerator.num_processes))
+    own_rows = minibatch.rows(slice(accelerator.process_index, None, accelerator.num_processes))
     totals: dict[str, Tensor] = {}
-    micros = [micro for _, micro in mine.micro_batches(config.micro_batch_size)]
+    micros = [micro for _, micro in own_rows.micro_batches(config.micro_batch_size)]
     for i, micro in enumerate(micros):
         with accelerator.no_sync(model) if i + 1 < len(micros) else nullcontext():
             with accelerator.autocast():
@@ -180,10 +180,10 @@ def accumulate_gradients(
 def logprobs_now(model: nn.Module, experience: Experience, config: UpdateSettings, accelerator: Accelerator) -> Tensor:
     """``(B, T)`` log-probabilities of the rollout's tokens under the policy as it is now, on every process."""
     share = len(experience) // accelerator.num_processes
-    mine = experience.rows(slice(accelerator.process_index * share, (accelerator.process_index + 1) * share))
+    own_rows = experience.rows(slice(accelerator.process_index * share, (accelerator.process_index + 1) * share))
     actor_critic = accelerator.unwrap_model(model)
     with accelerator.autocast():
-        logprobs = score_tokens(actor_critic.logits, mine, config.temperature, config.micro_batch_size)
+        logprobs = score_tokens(actor_critic.logits, own_rows, config.temperature, config.micro_batch_size)
     return accelerator.gather(logprobs)
 
 
@@ -199,7 +199,7 @@ def _reduce(totals: dict[str, Tensor], n_tokens: int, accelerator: Accelerator) 
 
 def take_step(
     model: nn.Module,
-    optimizer: Any,
+    optimizer: Optimizer,
     config: UpdateSettings,
     accelerator: Accelerator,
     stats: dict[str, float],

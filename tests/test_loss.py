@@ -203,7 +203,7 @@ def test_beta_answers_to_the_kl_of_the_whole_update(tmp_path):
     settings = {"objective": "kl_penalty", "max_steps": 1, "ppo_epochs": 4}
     free = make_trainer(tmp_path / "free", policy_kl_target=None, **settings)
     row = free.step()
-    rollout, seen = free.newest.scored.rollout, free.newest.experience
+    rollout, seen = free.last_step.scored.rollout, free.last_step.experience
     total, count = 0.0, 0
     for i, mask in enumerate(rollout.completion_mask):
         prompt, completion = (

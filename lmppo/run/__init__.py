@@ -1,5 +1,5 @@
 """A run: its directory, its checkpoints, and what it tells callbacks and trackers."""
 
-from lmppo.run.run import Run
+from lmppo.run.run import Callbacks, Run
 
-__all__ = ["Run"]
+__all__ = ["Callbacks", "Run"]

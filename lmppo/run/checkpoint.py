@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lmppo.models import ActorCritic, load_weights
+from lmppo.protocols import Tokenizer
 
 FORMAT_VERSION = 2  # of run directories and their checkpoints: 2 since kl_form
 _NAME = re.compile(r"step-(\d{6,})")
@@ -46,7 +47,7 @@ def save_checkpoint(
     model: ActorCritic,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint beside its final place, verify nothing is missing, and rename it.
@@ -85,7 +86,7 @@ def _save_critic(model: ActorCritic, directory: Path) -> None:
         model.critic.save_pretrained(directory / "critic")
 
 
-def export_model(model: ActorCritic, directory: Path, tokenizer: Any) -> None:
+def export_model(model: ActorCritic, directory: Path, tokenizer: Tokenizer) -> None:
     """The policy as a plain Hugging Face model (an adapter merged, and kept in ``adapter/``), tokenizer, critic."""
     if hasattr(model.policy, "peft_config"):
         model.policy.save_pretrained(directory / "adapter")
@@ -96,7 +97,7 @@ def export_model(model: ActorCritic, directory: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def replace_model(model: ActorCritic, target: Path, tokenizer: Any) -> None:
+def replace_model(model: ActorCritic, target: Path, tokenizer: Tokenizer) -> None:
     """:func:`export_model` to a directory that may exist: its files change places when the new ones are whole."""
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -13,10 +14,13 @@ from lmppo.config import PPOConfig
 from lmppo.launch import describe_environment
 from lmppo.metrics import completion_columns
 from lmppo.models import ActorCritic
+from lmppo.protocols import Stateful, Tokenizer
 from lmppo.run import checkpoint as ckpt
 from lmppo.run.directory import changed_settings, discard_unsaved, find_resume_point, write_run_config
 from lmppo.run.metrics_file import MetricsFile
 from lmppo.tables import print_completions
+
+Callbacks = Sequence[TrainerCallback | type[TrainerCallback]]
 
 
 class Run:
@@ -38,12 +42,12 @@ class Run:
         config: PPOConfig,
         accelerator: Accelerator,
         model: ActorCritic,
-        optimizer: Any,
-        tokenizer: Any,
+        optimizer: AcceleratedOptimizer,
+        tokenizer: Tokenizer,
         *,
-        stateful: dict[str, Any],
+        stateful: dict[str, Stateful],
         settings: dict[str, Any],
-        callbacks: Sequence[Any] | None = None,
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.config = config
         self.accelerator = accelerator
@@ -176,7 +180,7 @@ def describe_model(model: ActorCritic) -> dict[str, Any]:
     return settings
 
 
-def make_callbacks(callbacks: Sequence[Any] | None) -> list[TrainerCallback]:
+def make_callbacks(callbacks: Callbacks | None) -> list[TrainerCallback]:
     """The callbacks, classes made into objects as transformers does.
 
     Raises:
