@@ -65,7 +65,7 @@ class PPOTrainer:
         ref_model: The reference, if it is not the policy as it is now.
         critic: None: a value head on the policy's trunk. Otherwise a token-classification model, or a model's name.
         callbacks: transformers callbacks, or their classes.
-        run_settings: What else decides the outcome; kept in ``run_config.yaml``, and a run is not continued with another.
+        run_settings: Other settings that affect results: kept in ``run_config.yaml``, and a run is not resumed with others.
         reward_streams: In place of ``reward_funcs``: several kinds of reward, each with its own discount and its own
             output of the critic (:class:`lmppo.RewardStream`, or its fields as a dict).
         watch_funcs: Functions of the same kinds as ``reward_funcs`` that are logged and never enter the reward.

@@ -1,6 +1,8 @@
 """The trainer: wrong arguments are refused before anything is sampled; every setting does something; callbacks work."""
 
 import math
+import re
+from pathlib import Path
 
 import datasets
 import pytest
@@ -27,11 +29,8 @@ from transformers import TrainerCallback
 
 from lmppo import PPOTrainer
 from lmppo.checks import NonFiniteError, StepZeroError
-from lmppo.estimators import estimate, shape_rewards
-from lmppo.records import Experience
 from lmppo.rewards import RewardError
 from lmppo.run.checkpoint import list_checkpoints
-from lmppo.update import ppo_update
 
 KINDS = ["shared", "separate", "lora"]
 
@@ -386,16 +385,14 @@ def test_a_reward_function_that_raises_names_itself_and_the_step(tmp_path):
 # --- the stages by hand ----------------------------------------------------------------------------------------------
 
 
-def test_the_loop_can_be_written_by_hand(tmp_path):
-    """The lines of the documentation, against the trainer's own step."""
+def test_a_loop_of_ones_own_is_the_ten_lines_of_the_documentation(tmp_path):
+    """They learn what the trainer's own loop learns, to the bit."""
+    text = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
     reference = trained(tmp_path / "a")
     trainer = make_trainer(tmp_path / "b")
-    for iteration in range(2):
-        scored = trainer.collector.collect(trainer.prompts.next_batch(8), iteration)
-        rewards = shape_rewards(scored.rollout, trainer.args, trainer.streams, kl_coef=trainer.control.kl.coef)
-        estimated = estimate(scored.rollout, rewards, trainer.args, trainer.streams)
-        experience = Experience.from_rollout(scored.rollout, estimated.advantages, estimated.returns)
-        ppo_update(trainer.model, trainer.optimizer, experience, trainer.args, trainer.accelerator, iteration=iteration)
+    exec(block, {"trainer": trainer, "args": trainer.args})
     assert_same(weights(trainer), weights(reference))
 
 
