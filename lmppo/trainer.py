@@ -17,7 +17,6 @@ from lmppo.checks import check_kl_zero, rounding_tolerance
 from lmppo.collector import Collector, ScoredRollout
 from lmppo.config import PPOConfig, RewardStream
 from lmppo.control import Control
-from lmppo.critics import make_actor_critic
 from lmppo.estimators import Estimate, estimate, shape_rewards
 from lmppo.explain import save_rollouts
 from lmppo.functional import approx_kl
@@ -25,6 +24,7 @@ from lmppo.launch import make_accelerator
 from lmppo.loss import Penalties
 from lmppo.metrics import critic_metrics, rollout_metrics
 from lmppo.models import ActorCritic, Reference, load_policy
+from lmppo.models.critics import make_actor_critic
 from lmppo.optimizer import make_optimizer, set_learning_rates
 from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
 from lmppo.protocols import Tokenizer

@@ -21,8 +21,8 @@ from transformers import (
     GPT2ForTokenClassification,
 )
 
-from lmppo.critics import load_critic
 from lmppo.models import ActorCritic
+from lmppo.models.critics import load_critic
 
 # --- what it starts as -----------------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ ASK = """
 import sys
 from builders import critic_of, gpt2
 from fakes import letter_tokenizer
-from lmppo.critics import load_critic
+from lmppo.models.critics import load_critic
 critic = critic_of()
 critic.config._name_or_path = "someone/a-model"
 load_critic(critic if sys.argv[1] == "object" else "someone/a-model", gpt2(), tokenizer=letter_tokenizer())

@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from lmppo.models import ActorCritic, load_weights
+from lmppo.models.actor_critic import ActorCritic
+from lmppo.models.loading import load_weights
 from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.settings import AdvantageSettings
 

@@ -1,0 +1,137 @@
+"""Policy and critic as one module.
+
+Dropout is off everywhere, always: the modules stay in evaluation mode, in training as well, so that sampling and
+learning see the same function and the first ratio is 1.
+
+Axes: ``B`` sequences, ``P`` prompt positions, ``T`` completion positions, ``S = P + T``, ``H`` hidden,
+``V`` vocabulary, ``K`` reward streams.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lmppo.functional import token_logprobs
+from lmppo.models.language_model import LanguageModel, inputs_of
+from lmppo.protocols import CausalLM
+from lmppo.records import TokenRecord, Tokens
+
+HEADS = ("logits", "values")
+
+
+class ActorCritic(nn.Module):
+    """Policy and critic in one module, so that one forward pass (and one DDP wrapper) serves both.
+
+    Without ``critic`` they share the trunk: a linear value head, zero at first, reads the policy's last hidden state.
+    With it, the critic is a model of its own with one output per stream.
+
+    Args:
+        policy: A causal language model, plain or with a peft adapter.
+        critic: ``None``, or a token-classification model with ``n_streams`` labels.
+        n_streams: Number of reward streams ``K``.
+    """
+
+    policy: Any
+    critic: Any
+    value_head: Any
+
+    def __init__(self, policy: CausalLM, critic: PreTrainedModel | None = None, n_streams: int = 1) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+        self.value_head = None
+        self.n_streams = n_streams
+        if critic is None:
+            self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, n_streams, dtype=torch.float32)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+            self.value_head.to(next(policy.parameters()).device)
+        self.eval()
+        self.language_model = LanguageModel(policy)
+
+    def train(self, mode: bool = True) -> "ActorCritic":
+        """Stay in evaluation mode: dropout is off everywhere."""
+        return super().train(False)
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """The parameters the policy loss may move."""
+        return [p for p in self.policy.parameters() if p.requires_grad]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """The parameters that only the value loss moves."""
+        module = self.value_head if self.critic is None else self.critic
+        return [p for p in module.parameters() if p.requires_grad]
+
+    def forward(self, tokens: Tokens, heads: Sequence[str] = HEADS) -> dict[str, Tensor]:
+        """What is asked for of the states before each completion token, from one pass of the trunk.
+
+        Args:
+            tokens: Prompts and completions.
+            heads: Any of ``"logits"`` and ``"values"``. Values alone leave the policy as it is: no gradient reaches a
+                trunk that they share with it.
+
+        Returns:
+            ``{"logits": (B, T, V), "values": (B, T, K)}``, as far as asked; position t of both is the state before
+            token t.
+        """
+        outputs = {}
+        states: Any = None
+        if "logits" in heads or self.critic is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and "logits" in heads):
+                states = self.language_model.read(tokens)
+        if "logits" in heads:
+            outputs["logits"] = self.language_model.logits_of(states)[:, :-1]
+        if "values" in heads:
+            outputs["values"] = self.values_of(states.hidden[:, :-1]) if self.critic is None else self._critic(tokens)
+        return outputs
+
+    def logits(self, tokens: Tokens) -> Tensor:
+        """``(B, T, V)`` logits of the distributions that the completion's tokens were drawn from."""
+        return self(tokens, ("logits",))["logits"]
+
+    def last_values(self, tokens: Tokens) -> Tensor:
+        """``(B, K)`` values of the state after each row's last counted token."""
+        attention_mask = tokens.attention_mask
+        columns = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+        last = (attention_mask * columns).argmax(dim=1)
+        rows = torch.arange(len(last), device=last.device)
+        if self.critic is not None:
+            return self.critic(**inputs_of(self.critic, tokens)).logits[rows, last].float()
+        states = self.language_model.forward(last=attention_mask.shape[1], **inputs_of(self.policy, tokens))
+        return self.values_of(states.hidden[rows, last])
+
+    def values_of(self, hidden: Tensor) -> Tensor:
+        """The shared trunk's value head, in float32 whatever the autocast: ``(..., H) -> (..., K)``."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.float())
+
+    def _critic(self, tokens: Tokens) -> Tensor:
+        n_completion = tokens.completion_ids.shape[1]
+        return self.critic(**inputs_of(self.critic, tokens)).logits[:, -n_completion - 1 : -1].float()
+
+
+@torch.no_grad()
+def score_tokens(
+    logits_of: Callable[[Tokens], Tensor], record: TokenRecord, temperature: float, micro_batch_size: int
+) -> Tensor:
+    """``(B, T)`` log-probabilities of sampled tokens under a model, a few rows at a time; 0 where the mask is False.
+
+    Args:
+        logits_of: From tokens to logits ``(B, T, V)``.
+        record: The tokens and their ``support``.
+        temperature: Divides the logits.
+        micro_batch_size: Rows per forward pass.
+    """
+
+    def score(micro: TokenRecord) -> Tensor:
+        return token_logprobs(
+            logits_of(micro.tokens),
+            micro.tokens.completion_ids,
+            temperature=temperature,
+            support=micro.support.allowed(),
+        )
+
+    return record.per_token(score, micro_batch_size=micro_batch_size)
