@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 # Nats of rounding in a log-probability, and the |logit| up to which that bound holds; beyond it grows in proportion.
-_ROUNDING = {"no": (1e-4, 20.0), "bf16": (1e-2, 1.0), "fp16": (1e-2, 1.0), "fp8": (1e-1, 1.0)}
+_ROUNDING = {"no": (1e-4, 20.0), "bf16": (1e-2, 1.0)}
 
 
 class StepZeroError(RuntimeError):
@@ -22,11 +22,11 @@ class StepZeroError(RuntimeError):
 def rounding_tolerance(max_logit: float, precision: str = "no") -> float:
     """The largest difference, in nats, that rounding alone can make between two log-probabilities of one token.
 
-    ``1e-4 * max(1, max_logit / 20)`` in float32, ``1e-2 * max(1, max_logit)`` in bfloat16 and float16
+    ``1e-4 * max(1, max_logit / 20)`` in float32, ``1e-2 * max(1, max_logit)`` in bfloat16
 
     Args:
         max_logit: The largest |logit| of the distributions.
-        precision: As accelerate names mixed precision: ``no``, ``bf16``, ``fp16``, ``fp8``.
+        precision: As accelerate names mixed precision: ``no`` or ``bf16``.
     """
     nats, scale = _ROUNDING[precision]
     return nats * max(1.0, max_logit / scale)

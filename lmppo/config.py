@@ -157,13 +157,18 @@ class PPOConfig(
             remedy = f"set kl_form={pair!r}" if pair in KL_FORMS else remedy
             raise ValueError(f"{', '.join(given)}: kl_form has replaced kl_estimator and kl_placement; {remedy}.")
 
-    def check_processes(self, num_processes: int) -> None:
+    def check_processes(self, num_processes: int, *, evaluates: bool = True) -> None:
         """Refuse sizes that do not divide evenly over the processes.
+
+        Args:
+            num_processes: The number of processes.
+            evaluates: Whether ``eval_completions`` is used.
 
         Raises:
             ValueError: A global count is not a multiple of ``num_processes``.
         """
-        for name in ("rollout_batch_size", "minibatch_size", "eval_completions"):
+        names = ["rollout_batch_size", "minibatch_size"] + ["eval_completions"] * evaluates
+        for name in names:
             value = getattr(self, name)
             if value % num_processes:
                 raise ValueError(

@@ -7,19 +7,26 @@ import accelerate
 import torch
 import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.state import AcceleratorState
 
 from lmppo.config import PPOConfig
 from lmppo.update import critic_epochs
 
 
-def make_accelerator(args: PPOConfig) -> Accelerator:
+def make_accelerator(args: PPOConfig, *, evaluates: bool) -> Accelerator:
     """The accelerator of a run; a launch that would start several runs in one directory is refused.
+
+    Args:
+        args: The configuration.
+        evaluates: Whether there is an evaluation set, so that its completions are shared among the processes too.
 
     Raises:
         RuntimeError: The launcher started more processes than accelerate sees, or the model would be sharded.
         ModuleNotFoundError: A tracker is not installed.
-        ValueError: The sizes of the configuration do not divide over the processes.
+        ValueError: The sizes of the configuration do not divide over the processes, or the launcher (or an Accelerator
+            made before) asks for accumulation of gradients or a precision that lmppo does not support.
     """
+    _check_launch(args)
     together = args.objective != "trpo" and critic_epochs(args) == args.ppo_epochs
     always = args.critic_warmup_steps == 0 and (together or not args.uses_critic)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not always)  # a critic or a policy that sits out
@@ -47,11 +54,46 @@ def make_accelerator(args: PPOConfig) -> Accelerator:
             f"{accelerator.distributed_type.value} shards the model, which lmppo does not support yet: use plain "
             f"data parallelism (--multi_gpu), and LoRA (--use_peft) to save memory."
         )
-    args.check_processes(accelerator.num_processes)
+    args.check_processes(accelerator.num_processes, evaluates=evaluates)
+    if accelerator.mixed_precision == "bf16" and not args.bf16:
+        accelerator.print("Forward passes run in bfloat16, as the launcher or an earlier Accelerator says, not bf16.")
     if args.cpu_threads is not None and accelerator.device.type == "cpu":
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(args.cpu_threads or max(1, share))
     return accelerator
+
+
+def _check_launch(args: PPOConfig) -> None:
+    """Refuse what the launcher's environment, or an Accelerator made before, would silently do to the numbers."""
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        raise ValueError(
+            f"The launcher asks for gradient_accumulation_steps={steps}, which would divide every gradient: set it to 1 "
+            f"in accelerate's configuration (or unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS). To save memory, lower "
+            f"micro_batch_size: minibatch_size={args.minibatch_size} stays the size of a step."
+        )
+    precision = "bf16" if args.bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    source = "The launcher asks for"
+    if AcceleratorState._shared_state:  # accelerate keeps what the first Accelerator of a process was made with
+        precision, source = AcceleratorState().mixed_precision, "An Accelerator made earlier in this process holds"
+    if precision not in ("no", "bf16"):
+        raise ValueError(
+            f"{source} mixed_precision={precision!r}, and lmppo runs in float32 or bfloat16: set mixed_precision to "
+            f"'no', or to 'bf16' (the setting bf16 does the same)."
+        )
+    if precision == "bf16" and args.objective == "trpo":
+        raise ValueError(
+            f"{source} mixed_precision='bf16', whose rounding is as large as the KL that objective='trpo' measures: "
+            f"set mixed_precision to 'no'."
+        )
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        names = [f"PARALLELISM_CONFIG_{kind}_SIZE" for kind in ("DP_SHARD", "TP", "CP", "SP")]
+        wrong = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name, "1") != "1"]
+        if wrong:
+            raise RuntimeError(
+                f"The launcher asks for {', '.join(wrong)}, which shards the model or its inputs; lmppo does not "
+                f"support that: use plain data parallelism (--multi_gpu)."
+            )
 
 
 def describe_environment(accelerator: Accelerator) -> dict[str, Any]:

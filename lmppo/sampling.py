@@ -6,6 +6,7 @@ processes, on which rows have finished or on batching, and the sampler has no st
 Axes: ``B`` rows, ``P`` prompt positions, ``T`` completion positions, ``V`` vocabulary, ``K`` reward streams.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,20 +95,33 @@ def uniform_noise(seed: int, iteration: int, rows: range, n_time: int, *, purpos
 def draw(logits: Tensor, allowed: Tensor | None, uniforms: Tensor, *, temperature: float) -> Tensor:
     """``(B,)`` tokens by inversion of the cumulative distribution: the first token whose cdf exceeds the uniform.
 
+    The distribution is accumulated in float64, on the CPU where the device has none (Apple's GPUs).
+
     Args:
         logits: ``(B, V)``.
         allowed: ``(B, V)`` True on the tokens that may be drawn; None: all.
-        uniforms: ``(B,)`` in [0, 1).
+        uniforms: ``(B,)`` float64 in [0, 1), on any device.
         temperature: Divides the logits.
-
     """
     scaled = logits.float() / temperature
     if allowed is not None:
         scaled = scaled.masked_fill(~allowed, float("-inf"))
-    cdf = scaled.softmax(dim=-1).double().cumsum(dim=-1)
+    place = logits.device if has_float64(logits.device) else "cpu"
+    cdf = scaled.softmax(dim=-1).to(place).double().cumsum(dim=-1)
     total = cdf[:, -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))
-    return torch.searchsorted(cdf, torch.minimum(uniforms[:, None] * total, below_total), right=True)[:, 0]
+    targets = torch.minimum(uniforms.to(place)[:, None] * total, below_total)
+    return torch.searchsorted(cdf, targets, right=True)[:, 0].to(logits.device)
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's GPUs raise a TypeError, some of Intel's a RuntimeError."""
+    try:
+        torch.ones(2, dtype=torch.float64, device=device).cumsum(dim=0)
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -140,8 +154,9 @@ def sample(
     ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
     max_logit = torch.zeros(n_rows, device=device)
     support = Support.of_all(n_rows, n_time, device)
-    eos = torch.tensor(params.eos_token_ids, dtype=torch.long, device=device)
+    eos = torch.tensor(params.eos_token_ids, dtype=torch.long).to(device)
 
+    uniforms = uniforms.to(device if has_float64(device) else "cpu")
     decoder = _Decoder(model, prompt_ids, prompt_mask)
     alive = torch.arange(n_rows, device=device)
     for t in range(n_time):
@@ -149,7 +164,7 @@ def sample(
         check_logits(logits, alive)
         max_logit[alive] = torch.maximum(max_logit[alive], _largest(logits))
         allowed = params.allowed(logits)
-        token = draw(logits, allowed, uniforms[:, t].to(device)[alive], temperature=params.temperature)
+        token = draw(logits, allowed, uniforms[alive.to(uniforms.device), t], temperature=params.temperature)
         ids[alive, t] = token
         mask[alive, t] = True
         logprobs[alive, t] = token_logprobs(logits, token, temperature=params.temperature, support=allowed)

@@ -321,6 +321,10 @@ class UpdateSettings(
             "the loss.",
         )
         yield (
+            self.objective == "trpo" and self.bf16,
+            "objective='trpo' measures KLs that are smaller than the rounding of bfloat16: leave bf16 out.",
+        )
+        yield (
             self.objective == "policy_gradient" and self.target_kl is not None,
             "objective='policy_gradient' takes its one step at KL 0, where target_kl never stops it: leave it out.",
         )

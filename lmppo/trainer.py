@@ -100,7 +100,7 @@ class PPOTrainer:
             raise ValueError("train_dataset is missing: give rows with a `prompt`.")
         if eval_dataset is None and self.args.eval_steps is not None:
             raise ValueError(f"eval_steps={self.args.eval_steps} needs an eval_dataset.")
-        self.accelerator = make_accelerator(self.args)
+        self.accelerator = make_accelerator(self.args, evaluates=eval_dataset is not None)
         device = self.accelerator.device
 
         # The models.

@@ -169,7 +169,7 @@ def accumulate_gradients(
             with accelerator.autocast():
                 loss, sums = ppo_loss(model, micro, config, penalties, heads=heads, token_count=n_tokens)
             # DDP averages over processes; each process's loss is its share of the global mean, so undo that.
-            accelerator.backward(loss * accelerator.num_processes)
+            (loss * accelerator.num_processes).backward()
         for name, value in sums.items():
             previous = totals.get(name)
             join = torch.maximum if name.endswith("_max") else torch.add
@@ -210,7 +210,6 @@ def take_step(
     Raises:
         NonFiniteError: Names the parameter whose gradient is not finite; nothing was changed.
     """
-    accelerator.unscale_gradients()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     check_gradients({name: p.grad for name, p in model.named_parameters()}, norm, stats, iteration)
     torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)

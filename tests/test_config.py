@@ -151,6 +151,7 @@ CONTRADICTIONS = [
     ({"objective": "trpo", "ent_coef": 0.1}, "objective='trpo' takes one step within trpo_max_kl"),
     ({"objective": "trpo", "target_kl": 0.1}, "objective='trpo' takes one step within trpo_max_kl"),
     ({"objective": "trpo", "kl_form": "exact_both"}, "objective='trpo' takes one step"),
+    ({"objective": "trpo", "bf16": True}, "objective='trpo' measures KLs that are smaller than the rounding"),
     (
         WHOLE | {"objective": "policy_gradient", "target_kl": 0.1},
         "objective='policy_gradient' takes its one step at KL",
@@ -219,6 +220,10 @@ def test_sizes_that_do_not_divide_over_the_processes_are_refused(settings, culpr
     config.check_processes(1)
     with pytest.raises(ValueError, match=rf"{culprit} .* multiple of their number, 3: {hint}"):
         config.check_processes(3)
+
+
+def test_without_an_evaluation_set_its_completions_need_not_divide():
+    PPOConfig(rollout_batch_size=6, minibatch_size=6, eval_completions=2).check_processes(3, evaluates=False)
 
 
 def read_settings():
