@@ -7,7 +7,7 @@ GPT-2 lie at -30 to -130, and a bound that was measured on smaller ones stops ru
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -87,20 +87,20 @@ def check_logits(logits: Tensor, rows: Tensor) -> None:
 
 
 def check_gradients(
-    gradients: Mapping[str, Tensor | None], norm: Tensor, stats: Mapping[str, float], iteration: int
+    gradients: Mapping[str, Tensor | None], norms: Iterable[Tensor], stats: Mapping[str, float], iteration: int
 ) -> None:
-    """Every loss and the norm of the gradient are finite.
+    """Every loss and the norms of the gradient are finite.
 
     Args:
         gradients: By the parameter's name.
-        norm: Their norm.
+        norms: Their norms.
         stats: The losses and what was measured beside them.
         iteration: The PPO iteration, for the message.
 
     Raises:
         NonFiniteError: Names the first parameter whose gradient is not finite.
     """
-    if norm.isfinite() and all(map(math.isfinite, stats.values())):
+    if all(norm.isfinite() for norm in norms) and all(map(math.isfinite, stats.values())):
         return
     culprit = next(
         (n for n, g in gradients.items() if g is not None and not g.isfinite().all()), "none: the loss itself"

@@ -15,6 +15,7 @@ from transformers.trainer_callback import TrainerState
 
 from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3
 from lmppo.models import ActorCritic, Reference, score_tokens
+from lmppo.processes import raised_together
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
 from lmppo.protocols import Tokenizer
 from lmppo.records import Rollout, Samples, Tokens
@@ -93,11 +94,12 @@ class Collector:
         Args:
             prompts: The global batch; this process works on its share.
             iteration: The PPO iteration, which picks the sampling noise.
-            purpose: ``ROLLOUT`` or ``EVALUATION``, which picks the sampling noise as well.
+            purpose: ``ROLLOUT`` or ``EVALUATION``, which picks the sampling noise as well. An evaluation needs no
+                ``values``, ``bootstrap_values`` and ``kl_penalty``: they are not computed, and 0.
 
         Raises:
-            RewardError: A reward function raised; on every process, whichever it happened on.
-            ValueError: A reward function returned something unusable; likewise.
+            RewardError: A reward function raised. Like the errors below, on every process, whichever it happened on.
+            ValueError: A reward function returned something unusable.
             NonFiniteError: The policy's logits are not finite.
         """
         rows = local_rows(len(prompts), self.accelerator)
@@ -105,14 +107,19 @@ class Collector:
         own_prompts = prompts.rows(rows)
         prompt_ids, prompt_mask = (x.to(self.accelerator.device) for x in pad_left(own_prompts.input_ids, width))
         noise = uniform_noise(self.config.seed, iteration, rows, self.params.max_completion_length, purpose=purpose)
-        with self.accelerator.autocast():
-            samples = sample(self.actor_critic, prompt_ids, prompt_mask, noise, self.params)
-            if self.accelerator.mixed_precision != "no":  # the sampler's matrix shapes round differently
-                samples = replace(samples, logprobs=self._score_tokens(self.actor_critic.logits, samples))
-            ref_logprobs = self._score_tokens(self.reference.logits, samples)
-            kl_penalty = self._kl_penalty(samples, ref_logprobs)
-            bootstrap_values = self._bootstrap_values(samples)
-        scores = self._score(own_prompts, samples)
+        learning = purpose == ROLLOUT  # an evaluation reports neither values nor what rewards pay for the KL
+        with raised_together(self.accelerator, "The rollout"):
+            with self.accelerator.autocast():
+                samples = sample(self.actor_critic, prompt_ids, prompt_mask, noise, self.params, values=learning)
+                if self.accelerator.mixed_precision != "no":  # the sampler's matrix shapes round differently
+                    samples = replace(samples, logprobs=self._score_tokens(self.actor_critic.logits, samples))
+                ref_logprobs = self._score_tokens(self.reference.logits, samples)
+                kl_penalty = torch.zeros_like(ref_logprobs)
+                bootstrap_values = samples.values.new_zeros(len(samples), samples.values.shape[-1])
+                if learning:
+                    kl_penalty = self._kl_penalty(samples, ref_logprobs)
+                    bootstrap_values = self._bootstrap_values(samples)
+            scores = self._score(own_prompts, samples)
         rollout = Rollout(
             tokens=samples.tokens,
             logprobs=samples.logprobs,
@@ -169,32 +176,20 @@ class Collector:
         return samples.support.compact(n_kept, n_dropped)
 
     def _score(self, own_prompts: PromptBatch, samples: Samples) -> Scores:
-        """Score this process's rows; an error on one process is raised on all, before anyone waits for the others."""
+        """The scores of this process's rows."""
         texts = decode_completions(self.tokenizer, samples.tokens)
         completions: list[str | list[dict[str, str]]] = [
             [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
             for prompt, text in zip(own_prompts.prompts, texts, strict=True)
         ]
-        error: Exception | None = None
-        try:
-            scores = self.rewards.score(
-                own_prompts.prompts,
-                completions,
-                samples.tokens.counted_ids(),
-                own_prompts.columns,
-                self.trainer_state,
-                samples.completion_mask.shape[1],
-            )
-        except Exception as caught:
-            error = caught
-        failures = [f"process {self.accelerator.process_index}: {error}"] if error is not None else []
-        if self.accelerator.num_processes > 1:
-            failures = gather_object(failures)
-        if error is not None:
-            raise error
-        if failures:
-            raise RuntimeError(f"Scoring failed on another process. {failures[0]}")
-        return scores
+        return self.rewards.score(
+            own_prompts.prompts,
+            completions,
+            samples.tokens.counted_ids(),
+            own_prompts.columns,
+            self.trainer_state,
+            samples.completion_mask.shape[1],
+        )
 
 
 def decode_completions(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:

@@ -126,7 +126,13 @@ def has_float64(device: torch.device) -> bool:
 
 @torch.no_grad()
 def sample(
-    model: ActorCritic, prompt_ids: Tensor, prompt_mask: Tensor, uniforms: Tensor, params: SamplingParams
+    model: ActorCritic,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    uniforms: Tensor,
+    params: SamplingParams,
+    *,
+    values: bool = True,
 ) -> Samples:
     """Sample one completion per row.
 
@@ -139,6 +145,7 @@ def sample(
         prompt_mask: ``(B, P)``, no row empty.
         uniforms: ``(B, T)``, see :func:`uniform_noise`.
         params: The distribution.
+        values: Whether to compute the critic's values; they are 0 otherwise.
 
     Returns:
         :class:`lmppo.records.Samples`, ``T = params.max_completion_length``; 0 where the mask is False.
@@ -150,7 +157,7 @@ def sample(
     ids = torch.zeros(n_rows, n_time, dtype=torch.long, device=device)
     mask = torch.zeros(n_rows, n_time, dtype=torch.bool, device=device)
     logprobs = torch.zeros(n_rows, n_time, device=device)
-    values = torch.zeros(n_rows, n_time, model.n_streams, device=device)
+    state_values = torch.zeros(n_rows, n_time, model.n_streams, device=device)
     ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
     max_logit = torch.zeros(n_rows, device=device)
     support = Support.of_all(n_rows, n_time, device)
@@ -168,8 +175,8 @@ def sample(
         ids[alive, t] = token
         mask[alive, t] = True
         logprobs[alive, t] = token_logprobs(logits, token, temperature=params.temperature, support=allowed)
-        if model.critic is None:
-            values[alive, t] = model.values_of(decoder.hidden)
+        if values and model.critic is None:
+            state_values[alive, t] = model.values_of(decoder.hidden)
         if allowed is not None:
             if t == 0:
                 support = Support.of_bits(n_rows, n_time, allowed.shape[-1], device)
@@ -184,9 +191,9 @@ def sample(
         decoder.feed(token)
 
     tokens = Tokens(prompt_ids, prompt_mask, ids, mask)
-    if model.critic is not None:
-        values = torch.where(mask[..., None], model(tokens, ("values",))["values"], 0.0)
-    return Samples(tokens, support, logprobs, values, ended, max_logit)
+    if values and model.critic is not None:
+        state_values = torch.where(mask[..., None], model(tokens, ("values",))["values"], 0.0)
+    return Samples(tokens, support, logprobs, state_values, ended, max_logit)
 
 
 def _largest(logits: Tensor) -> Tensor:

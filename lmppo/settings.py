@@ -220,7 +220,9 @@ class PassSettings(Settings):
     step_zero_tolerance: float | None = knob(
         None, "Largest |log ratio| and |KL| allowed before the first step (default: a bound on rounding errors)."
     )
-    max_grad_norm: float = knob(1.0, "Maximum global gradient norm; gradients are clipped on every optimizer step.")
+    max_grad_norm: float = knob(
+        1.0, "Maximum gradient norm, of the policy and of a critic of its own each; clipped on every optimizer step."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

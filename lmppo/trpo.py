@@ -11,7 +11,8 @@ Background: docs/notes.md, "TRPO".
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -76,7 +77,7 @@ def trpo_update(
         ValueError: The policy is sharded, or its attention cannot be differentiated twice.
     """
     batch = PolicyBatch(accelerator.unwrap_model(model).policy, experience, config, accelerator)
-    start = after = batch.measure({})
+    start = after = batch.measure(*itertools.tee(batch.logits({})))  # new and old are the same
     if first_ratio_tolerance is not None:
         check_first_ratio(start, first_ratio_tolerance)
     gradient = batch.surrogate_gradient()
@@ -124,11 +125,13 @@ def _line_search(
 ) -> tuple[Measures, float]:
     """Take the longest step that passes: its measures and its fraction of the whole; the start and 0 if none does.
 
-    The parameters are written only then, so that a refused step leaves nothing behind.
+    The parameters are written only then, so that a refused step leaves nothing behind. The old policy's logits are
+    computed once for all tries.
     """
+    old = list(batch.logits({}))
     for i in range(config.trpo_line_search_steps):
         candidate = batch.moved_by(BACKTRACK**i * step)
-        after = batch.measure(candidate)
+        after = batch.measure(batch.logits(candidate), old)
         if after["policy_loss"] < start["policy_loss"] and after["trpo/kl"] <= config.trpo_max_kl:
             for name, parameter in batch.parameters.items():
                 parameter.copy_(candidate[name])
@@ -173,8 +176,8 @@ def conjugate_gradients(
 class PolicyBatch:
     """A batch as functions of the policy's trainable parameters: all means are over its counted tokens.
 
-    Every process computes its share of the rows, and all get the same means. Old and new distributions are computed
-    side by side, micro-batch by micro-batch, so that those of the whole batch, ``(B, T, V)``, never exist at once.
+    Every process computes its share of the rows, and all get the same means. New distributions are computed micro-batch
+    by micro-batch; those of all of the process's rows, ``(B, T, V)``, exist at once in the line search, the old policy's.
 
     Args:
         policy: The policy; its present parameters are the old ones.
@@ -215,15 +218,20 @@ class PolicyBatch:
         return self._mean(one_product)
 
     @torch.no_grad()
-    def measure(self, parameters: dict[str, Tensor]) -> Measures:
-        """The policy with some of its parameters replaced, against the policy as it is."""
+    def logits(self, parameters: dict[str, Tensor]) -> Iterator[Tensor]:
+        """The logits of each micro-batch, with some of the policy's parameters replaced."""
+        for micro in self.micros:
+            yield functional_call(self.policy, parameters, (micro,))
 
-        def measures_of(micro: Experience) -> Tensor:
-            new = functional_call(self.policy, parameters, (micro,))
-            numbers = self._losses(micro, new) | {"trpo/kl": self._kl(micro, self.policy(micro), new)}
+    @torch.no_grad()
+    def measure(self, new: Iterable[Tensor], old: Iterable[Tensor]) -> Measures:
+        """A policy against the old one, by the logits of each."""
+
+        def measures_of(micro: Experience, new: Tensor, old: Tensor) -> Tensor:
+            numbers = self._losses(micro, new) | {"trpo/kl": self._kl(micro, old, new)}
             return torch.stack([numbers[name] for name in _MEASURES])
 
-        rows = torch.stack([measures_of(micro) for micro in self.micros])
+        rows = torch.stack([measures_of(*parts) for parts in zip(self.micros, new, old, strict=True)])
         means = self.accelerator.reduce(rows[:, :-1].sum(dim=0), reduction="sum") / self.n_tokens
         largest = self.accelerator.gather(rows[:, -1].max().reshape(1)).max()
         return dict(zip(_MEASURES, [*means.tolist(), largest.item()], strict=True))

@@ -59,9 +59,9 @@ def ppo_update(
         first_ratio_tolerance: If given, the largest |log ratio| allowed on the first minibatch, where it must be 0.
 
     Returns:
-        Means over the steps taken (of means over each minibatch's counted tokens), ``grad_norm`` (mean before clipping),
-        ``optimizer_steps``, and ``first_ratio_error``: the largest |log ratio| on the first minibatch, which rounding
-        alone explains.
+        Means over the steps taken (of means over each minibatch's counted tokens), ``grad_norm`` and, of a critic of its
+        own, ``critic/grad_norm`` (means before clipping), ``optimizer_steps``, and ``first_ratio_error``: the largest
+        |log ratio| on the first minibatch, which rounding alone explains.
 
     Raises:
         NonFiniteError: A loss or a gradient is not finite; the step was not taken.
@@ -145,8 +145,8 @@ def _run_passes(
             if config.target_kl is not None and stats.get("approx_kl", 0.0) > 1.5 * config.target_kl:
                 optimizer.zero_grad()
                 return _summary(history or [stats], stopped=True, steps=len(history))
-            stats["grad_norm"] = take_step(model, optimizer, config, accelerator, stats, iteration)
-            history.append(stats)
+            norms = take_step(model, optimizer, config, accelerator, stats, iteration)
+            history.append(stats | norms)
     return _summary(history, stopped=False, steps=len(history))
 
 
@@ -204,17 +204,30 @@ def take_step(
     accelerator: Accelerator,
     stats: dict[str, float],
     iteration: int,
-) -> float:
+) -> dict[str, float]:
     """Clip the gradient and step, unless something is not finite.
+
+    A critic of its own is clipped by itself, so that the size of its errors does not scale the policy's step; a value
+    head is clipped together with the trunk that it shares with the policy.
+
+    Returns:
+        The norms before clipping, as far as there are gradients: ``grad_norm``, and ``critic/grad_norm`` of a critic of
+        its own.
 
     Raises:
         NonFiniteError: Names the parameter whose gradient is not finite; nothing was changed.
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    check_gradients({name: p.grad for name, p in model.named_parameters()}, norm, stats, iteration)
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.max_grad_norm, norm)
+    actor_critic = accelerator.unwrap_model(model)
+    modules = {"grad_norm": actor_critic}
+    if actor_critic.critic is not None:
+        modules = {"grad_norm": actor_critic.policy, "critic/grad_norm": actor_critic.critic}
+    clipped = {name: [p for p in module.parameters() if p.grad is not None] for name, module in modules.items()}
+    norms = {name: torch.nn.utils.get_total_norm([p.grad for p in part]) for name, part in clipped.items() if part}
+    check_gradients({name: p.grad for name, p in model.named_parameters()}, norms.values(), stats, iteration)
+    for name, norm in norms.items():
+        torch.nn.utils.clip_grads_with_norm_(clipped[name], config.max_grad_norm, norm)
     optimizer.step()
-    return norm.item()
+    return {name: norm.item() for name, norm in norms.items()}
 
 
 def _summary(history: list[dict[str, float]], *, stopped: bool, steps: int) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """What a run tells others while it goes on: callbacks, evaluation, tables, trackers."""
 
 import json
+from collections import Counter
 
 import pytest
-from builders import PROMPTS, count_a, make_trainer, metrics_rows, trained
+from builders import PROMPTS, build_policy_arguments, count_a, make_trainer, metrics_rows, trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
@@ -96,6 +97,23 @@ def test_a_callback_can_ask_for_one_checkpoint_and_gets_one(tmp_path):
 
 
 # --- evaluation, tables, trackers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate"])
+def test_an_evaluation_computes_only_what_it_reports(tmp_path, monkeypatch, kind):
+    settings = {"truncation": "bootstrap", "kl_form": "exact_both", "micro_batch_size": 8}
+    trainer = make_trainer(tmp_path, eval_dataset=["a", "bc"], **settings, **build_policy_arguments(kind))
+    passes = Counter()
+    reads = {"reference": trainer.reference.logits, "policy": trainer.actor_critic.logits}
+    for name, read in reads.items():
+        owner = trainer.reference if name == "reference" else trainer.actor_critic
+        monkeypatch.setattr(owner, "logits", lambda tokens, name=name, read=read: passes.update([name]) or read(tokens))
+    head = trainer.actor_critic.value_head if kind == "shared" else trainer.actor_critic.critic
+    head.register_forward_hook(lambda *_: passes.update(["values"]))
+    trainer.evaluate()
+    assert passes == {"reference": 1}
+    trainer.collector.collect(trainer.prompts.next_batch(8), 0)
+    assert passes["values"] > 0 and passes["policy"] > 0 and passes["reference"] == 3
 
 
 def test_evaluation_is_the_same_at_every_call_and_follows_the_policy(tmp_path):

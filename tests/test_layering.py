@@ -12,7 +12,7 @@ LAYERS = (
     ("setting_rules", "settings", "config", "checks", "axes", "support", "records", "control"),
     ("tables", "plots", "protocols"),
     ("rewards", "models", "prompts", "sampling", "optimizer"),
-    ("collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
+    ("processes", "collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
     ("run", "explain", "trainer"),
     ("cli", "__main__"),
 )

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import make_trainer, metrics_rows
+from builders import critic_of, make_trainer, metrics_rows
 from test_docs import documented_metrics
 from test_records import make_rollout
 
@@ -133,6 +133,7 @@ def test_every_name_that_is_logged_has_a_meaning_and_every_meaning_a_number(tmp_
             {"objective": "trpo"},
             {"baseline": "auto"},
             {"kl_form": "k2_loss"},
+            {"critic": critic_of()},
         )
     ):
         make_trainer(tmp_path / str(i), max_steps=1, **settings).train()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import threading
 from contextlib import nullcontext
 
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from builders import PROMPTS, assert_same, build_model, make_config, make_experience, make_samples, supports, with_mask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lmppo import trpo
 from lmppo.checks import NonFiniteError
 from lmppo.records import Tokens
 from lmppo.trpo import PolicyBatch, conjugate_gradients, trpo_update
@@ -288,6 +290,26 @@ class Process:
     def reduce(self, tensor, reduction):
         assert reduction == "sum"
         return self.gather(tensor).sum(dim=0)
+
+
+def test_the_line_search_reads_the_old_policy_once(monkeypatch):
+    """However many lengths it tries; each try reads the new policy once."""
+    model, experience = setting()
+    passes, at_search = [], []
+    model.policy.register_forward_hook(lambda *_: passes.append(1))
+    search = trpo._line_search
+
+    def searched(batch, *rest):
+        at_search.append(len(passes))
+        measures, fraction = search(batch, *rest)
+        tries = 1 + round(math.log(fraction) / math.log(trpo.BACKTRACK))
+        assert tries > 1 and len(passes) - at_search[0] == len(batch.micros) * (1 + tries)
+        return measures, fraction
+
+    monkeypatch.setattr(trpo, "_line_search", searched)
+    monkeypatch.setattr(trpo, "_natural_step", lambda batch, gradient, *_: (gradient / gradient.norm(), 0.0))
+    step(model, experience, trpo_max_kl=0.05)
+    assert at_search, "a step was looked for"
 
 
 def test_two_processes_take_the_step_of_one():

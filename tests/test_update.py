@@ -161,13 +161,20 @@ def update_by_definition(model, experience, settings, iteration):
             seen = []
             optimizer.zero_grad()
             loss_by_definition(model, experience, rows, settings, seen).backward()
-            parameters = [p for p in model.parameters() if p.grad is not None]
-            norm = math.sqrt(sum(p.grad.square().sum().item() for p in parameters))
-            for p in parameters:
-                p.grad.mul_(min(1.0, settings.max_grad_norm / norm))
+            parts = (
+                {"grad_norm": model}
+                if model.critic is None
+                else {"grad_norm": model.policy, "critic/grad_norm": model.critic}
+            )
+            norms = {}
+            for name, part in parts.items():
+                parameters = [p for p in part.parameters() if p.grad is not None]
+                norms[name] = math.sqrt(sum(p.grad.square().sum().item() for p in parameters))
+                for p in parameters:
+                    p.grad.mul_(min(1.0, settings.max_grad_norm / norms[name]))
             optimizer.step()
             means = {name: sum(token[name].item() for token in seen) / len(seen) for name in seen[0]}
-            steps.append(means | {"grad_norm": norm})
+            steps.append(means | norms)
     return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
 
@@ -333,6 +340,31 @@ def test_epochs_times_minibatches_steps_each_clipped(minibatch, epochs, micro):
     assert optimizer.norms == pytest.approx([0.01] * len(optimizer.norms), rel=1e-3), "each one had to be clipped"
     assert stats["grad_norm"] > 0.1, "logged before clipping"
     assert stats["early_stop"] == 0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_errors_of_a_critic_of_its_own_do_not_scale_the_policys_step(family):
+    """Rewards 50 times as large: whitened advantages stay, the critic's gradient does not."""
+    moved, norms = {}, {}
+    for factor in (1.0, 50.0):
+        model, experience = setting(family, "separate")
+        before = [p.detach().clone() for p in model.policy_parameters()]
+        experience = dataclasses.replace(experience, returns=factor * experience.returns)
+        stats = update(model, experience, value_clip_range=None, vf_coef=10.0, max_grad_norm=0.1)
+        moved[factor] = [p.detach() - old for p, old in zip(model.policy_parameters(), before, strict=True)]
+        norms[factor] = stats
+    assert norms[50.0]["critic/grad_norm"] > 20 * norms[1.0]["critic/grad_norm"] > 2, "both are clipped"
+    assert norms[50.0]["grad_norm"] == norms[1.0]["grad_norm"] > 0.1
+    assert all(torch.equal(a, b) for a, b in zip(moved[1.0], moved[50.0], strict=True))
+
+
+def test_only_who_learns_has_a_norm():
+    model, experience = setting(kind="separate")
+    names = {"grad_norm", "critic/grad_norm"}
+    assert names & update(model, experience, critic_warmup_steps=1).keys() == {"critic/grad_norm"}
+    assert names & update(model, experience, ppo_epochs=1, critic_epochs=3).keys() == names
+    model, experience = setting()
+    assert names & update(model, experience).keys() == {"grad_norm"}
 
 
 def test_a_small_gradient_is_not_stretched():
