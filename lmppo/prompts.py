@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmppo.context import usable_context
 from lmppo.protocols import Tokenizer
 from lmppo.rewards.protocol import REWARD_ARGUMENTS
 from lmppo.settings import SamplingSettings
@@ -97,6 +98,7 @@ class PromptEncoder:
         max_positions: The shortest context among the models that read prompt and completion, or None for no limit.
         max_completion_length: Positions that the completion needs.
         reader: How messages name the model with that context.
+        reason: What limits it, for messages.
     """
 
     def __init__(
@@ -107,8 +109,10 @@ class PromptEncoder:
         max_completion_length: int,
         *,
         reader: str = "model",
+        reason: str = "",
     ) -> None:
         self.reader = reader
+        self.reason = reason
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_positions = max_positions
@@ -168,10 +172,11 @@ class PromptEncoder:
                 f"model's vocabulary of {self.vocab_size}."
             )
         if self.max_positions is not None and len(ids) + self.max_completion_length > self.max_positions:
+            reason = f" ({self.reason})" if self.reason else ""
             raise ValueError(
                 f"{where}: a prompt of {len(ids)} tokens and max_completion_length="
-                f"{self.max_completion_length} exceed the {self.reader}'s context of {self.max_positions}. Shorten "
-                f"the prompt (--prompt_tokens) or lower max_completion_length."
+                f"{self.max_completion_length} exceed the {self.reader}'s context of {self.max_positions}"
+                f"{reason}. Shorten the prompt (--prompt_tokens) or lower max_completion_length."
             )
 
 
@@ -367,11 +372,7 @@ def make_prompt_encoder(tokenizer: Tokenizer, readers: dict[str, Any], args: Sam
             f"The tokenizer has {len(tokenizer)} tokens and the model's embedding {vocab_size} rows: they do not "
             f"belong together, or the model needs model.resize_token_embeddings({len(tokenizer)})."
         )
-    contexts = {
-        name: getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        for name, model in readers.items()
-        if model is not None
-    }
-    limits = {name: limit for name, limit in contexts.items() if limit is not None}
-    shortest = min(limits, key=lambda name: limits[name], default="model")
-    return PromptEncoder(tokenizer, vocab_size, limits.get(shortest), args.max_completion_length, reader=shortest)
+    contexts = {name: usable_context(model) for name, model in readers.items() if model is not None}
+    limits = [(context.length, name, context.reason) for name, context in contexts.items() if context is not None]
+    length, reader, reason = min(limits, key=lambda limit: limit[0], default=(None, "model", ""))
+    return PromptEncoder(tokenizer, vocab_size, length, args.max_completion_length, reader=reader, reason=reason)

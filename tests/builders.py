@@ -35,12 +35,12 @@ def llama(seed=0, **kwargs):
 MODELS = {"gpt2": gpt2, "llama": llama}
 
 
-def critic_of(family="gpt2", seed=1, vocab_size=VOCAB, num_labels=1):
+def critic_of(family="gpt2", seed=1, vocab_size=VOCAB, num_labels=1, n_positions=64):
     """A critic that is a model of its own, of random weights, so that its values are not all alike."""
     torch.manual_seed(seed)
     ends = {"bos_token_id": EOS, "eos_token_id": EOS}
     if family == "gpt2":
-        sizes = {"n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.2}
+        sizes = {"n_positions": n_positions, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.2}
         return GPT2ForTokenClassification(GPT2Config(vocab_size=vocab_size, num_labels=num_labels, **ends, **sizes))
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=vocab_size, num_labels=num_labels, initializer_range=0.2, **ends, **sizes)

@@ -449,9 +449,7 @@ def test_half_precision_checkpoints_are_trained_in_float32(tmp_path):
 
 @pytest.mark.parametrize("reader", ["ref_model", "critic"])
 def test_the_shortest_context_of_all_models_decides(tmp_path, reader):
-    short = gpt2(n_positions=12) if reader == "ref_model" else critic_of()
-    if reader == "critic":
-        short.config.n_positions = 12
+    short = gpt2(n_positions=12) if reader == "ref_model" else critic_of(n_positions=12)
     with pytest.raises(ValueError, match=f"Row 2 of train_dataset: .* exceed the {reader}'s context of 12"):
         make_trainer(tmp_path, **{reader: short})
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lmppo.context import usable_context
 from lmppo.protocols import Tokenizer
 
 if TYPE_CHECKING:
@@ -130,9 +131,9 @@ class ClassifierReward:
         return chosen if self.output == "log_odds" else chosen.sigmoid()
 
     def _allowed_length(self, max_length: int | None) -> int | None:
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = usable_context(self.model)
         told = self.tokenizer.model_max_length  # 1e30 where nobody has said
-        limit = min((n for n in (positions, told) if n is not None and 0 < n < 10**9), default=None)
+        limit = min((n for n in (context and context.length, told) if n is not None and 0 < n < 10**9), default=None)
         if max_length is None:
             return limit
         if max_length < 1 or (limit is not None and max_length > limit):
