@@ -7,7 +7,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lmppo import sampling
 from lmppo.sampling import SamplingParams, draw, has_float64, sample, uniform_noise
 
 DEVICE = torch.device("meta")  # any that is not the CPU; within the mode below its tensors hold numbers
@@ -79,13 +78,13 @@ def test_a_draw_is_that_of_the_cpu(device, restricted):
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}])
-def test_the_sampler_draws_what_it_draws_on_the_cpu(device, monkeypatch, settings):
+def test_the_sampler_draws_what_it_draws_on_the_cpu(device, settings):
     table = 2 * torch.randn(9, 6, 12)
 
     class Decoder:
         """Logits from a table, for rows that are left."""
 
-        def __init__(self, model, prompt_ids, prompt_mask):
+        def __init__(self, prompt_ids, prompt_mask):
             self.put = OnDevice if isinstance(prompt_ids, OnDevice) else lambda tensor: tensor
             self.rows, self.t = torch.arange(6), 0
             self.feed(None)
@@ -98,8 +97,7 @@ def test_the_sampler_draws_what_it_draws_on_the_cpu(device, monkeypatch, setting
             self.hidden = self.put(table[self.t, self.rows, :1])
             self.t += 1
 
-    monkeypatch.setattr(sampling, "_Decoder", Decoder)
-    model = SimpleNamespace(n_streams=1, critic=None, values_of=lambda hidden: hidden)
+    model = SimpleNamespace(n_streams=1, critic=None, values_of=lambda hidden: hidden, decoder=Decoder)
     ids, mask = torch.ones(6, 3, dtype=torch.long), torch.ones(6, 3, dtype=torch.bool)
     params, noise = SamplingParams(9, eos_token_ids=(0,), **settings), uniform_noise(0, 0, range(6), 9)
     expected = sample(model, ids, mask, noise, params)
