@@ -63,7 +63,8 @@ class PPOTrainer:
         reward_processing_classes: Tokenizers of the reward models.
         peft_config: Train an adapter; the reference is then the same model with the adapter off.
         ref_model: The reference, if it is not the policy as it is now.
-        critic: None: a value head on the policy's trunk. Otherwise a token-classification model, or a model's name.
+        critic: None: a value head on the policy's trunk. Otherwise a model or its name: a critic, a reward model or a
+            language model, whose values start as the critic's, as the rewards, or at 0; a model that is given is copied.
         callbacks: transformers callbacks, or their classes.
         run_settings: Other settings that affect results: kept in ``run_config.yaml``, and a run is not resumed with others.
         reward_streams: In place of ``reward_funcs``: several kinds of reward, each with its own discount and its own

@@ -40,7 +40,7 @@ class ActorCritic(nn.Module):
 
     Args:
         policy: A causal language model, plain or with a peft adapter.
-        critic: ``None``, or a token-classification model with ``n_streams`` labels.
+        critic: ``None``, or a model with ``n_streams`` outputs for each token; see :func:`lmppo.models.critics.load_critic`.
         n_streams: Number of reward streams ``K``.
 
     Raises:
@@ -163,7 +163,7 @@ def probe_critic(critic: PreTrainedModel) -> int | None:
     with torch.autocast(device.type, enabled=False):
         alone = read_alone(read, tokens)
         check_causal(read, tokens, alone, critic, "critic")
-        told = takes(critic, "position_ids")
+        told = takes(critic.base_model, "position_ids")
         return find_first_position(read, tokens, alone, critic, "critic", takes_positions=told)
 
 

@@ -4,24 +4,15 @@ Such a critic is fed the policy's token ids. Whether it understands them is deci
 many there are: a tokenizer of another family may be of any size.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import distributed, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
-from transformers.utils import logging as hf_logging
+from torch import distributed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from lmppo.models.actor_critic import ActorCritic
-from lmppo.models.loading import load_weights
+from lmppo.models.token_values import as_token_values, load_token_values
 from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.settings import AdvantageSettings
 
@@ -49,11 +40,11 @@ class _Match:
 def load_critic(
     critic: str | Path | PreTrainedModel, policy: CausalLM, n_streams: int = 1, *, tokenizer: Tokenizer | None = None
 ) -> PreTrainedModel | None:
-    """A critic of its own: a token-classification model with one label per stream.
+    """A critic of its own: a model with one output per stream at every token, such as a token classifier.
 
-    A name may also be that of a sequence-classification (reward) model: its value of a prefix is then, at first, the
-    reward it would give that prefix (one label: the logit; two: the log-odds of the second). A language model's trunk
-    gets a new head, which starts at zero.
+    It may also be a sequence-classification (reward) model, by name or loaded: its value of a prefix is then, at first,
+    the reward it would give that prefix (one label: the logit; two: the log-odds of the second). A language model's
+    trunk gets a new head, which starts at zero. A loaded model stays as it is: a copy is trained.
 
     The two tokenizers must map the same tokens to the same ids; the critic's may have more added tokens, such as one for
     padding. It is the one beside the critic's weights. Where one of the two cannot be found, the sizes of the embeddings
@@ -77,17 +68,17 @@ def load_critic(
         name = _name_of(critic)
         match = _compare(policy, tokenizer, _tokenizer_at(name, may_download=False), name)
         match.check()
-        return _checked(critic, policy, n_streams, match)
+        return _checked(as_token_values(critic, n_streams), policy, n_streams, match)
     name = str(critic).removeprefix(AUTO)
     config = load_weights_config(name)  # first of all: with `auto:` too, a name that leads nowhere is an error
     match = _compare(policy, tokenizer, _tokenizer_at(name, may_download=True), name)
     if not str(critic).startswith(AUTO):
         match.check()
-        return _checked(_load_critic_weights(name, config, n_streams), policy, n_streams, match)
+        return _checked(load_token_values(name, config, n_streams), policy, n_streams, match)
     if match.unknown or match.difference:
         _print_once(f"Critic: a value head on the policy's trunk, not {name!r}: {match.unknown or match.difference}.")
         return None
-    loaded = _checked(_load_critic_weights(name, config, n_streams), policy, n_streams, match)
+    loaded = _checked(load_token_values(name, config, n_streams), policy, n_streams, match)
     _print_once(f"Critic: {name!r}, which reads the policy's tokens.")
     return loaded
 
@@ -163,39 +154,6 @@ def _print_once(line: str) -> None:
     """Print on the main process alone."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
         print(line, flush=True)
-
-
-def _load_critic_weights(name: str, config: Any, n_streams: int) -> PreTrainedModel:
-    architectures = config.architectures or [""]
-    if "ForTokenClassification" in architectures[0] and config.num_labels != n_streams:
-        raise ValueError(
-            f"critic {name!r} has {config.num_labels} labels; expected {n_streams}, one per reward stream."
-        )
-    config.problem_type, config.num_labels = "regression", n_streams  # a classifier's own is refused with one label
-    with _no_load_report():  # it would call the head new, which is what is wanted
-        critic = load_weights(AutoModelForTokenClassification, name, config=config, ignore_mismatched_sizes=True)
-    if "ForTokenClassification" in architectures[0]:
-        return critic
-    head = next(m for n, m in critic.named_modules() if n in ("score", "classifier"))
-    nn.init.zeros_(head.weight)
-    if head.bias is not None:
-        nn.init.zeros_(head.bias)
-    if "ForSequenceClassification" in architectures[0]:
-        scorer = load_weights(AutoModelForSequenceClassification, name)
-        if n_streams == 1 and scorer.config.num_labels <= 2 and hasattr(scorer, "score"):
-            weight = scorer.score.weight.data
-            head.weight.data.copy_(weight[-1:] - weight[:1] if len(weight) == 2 else weight)
-    return critic
-
-
-@contextlib.contextmanager
-def _no_load_report() -> Iterator[None]:
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(before)
 
 
 def make_actor_critic(

@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-def load_weights(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+def load_weights(auto_class: Any, name_or_path: str | None, **kwargs: Any) -> PreTrainedModel:
     """``auto_class.from_pretrained`` in float32, safetensors only, with one clear message when it fails.
+
+    Args:
+        auto_class: A class of transformers.
+        name_or_path: What to load; None: the ``config`` and ``state_dict`` that are given.
+        **kwargs: For ``from_pretrained``.
 
     Raises:
         OSError: The model is neither a directory with safetensors weights nor a reachable Hub id.
@@ -20,7 +25,7 @@ def load_weights(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTraine
     try:
         return auto_class.from_pretrained(name_or_path, dtype=torch.float32, use_safetensors=True, **kwargs)
     except OSError as error:
-        path = Path(name_or_path)
+        path = Path(name_or_path or "")
         if path.is_dir() and list(path.glob("*.bin")) and not list(path.glob("*.safetensors")):
             raise OSError(
                 f"{name_or_path!r} holds pickled weights only (*.bin), which can run code when loaded. Convert them "

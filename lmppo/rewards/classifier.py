@@ -133,7 +133,9 @@ class ClassifierReward:
     def _allowed_length(self, max_length: int | None) -> int | None:
         context = usable_context(self.model)
         told = self.tokenizer.model_max_length  # 1e30 where nobody has said
-        limit = min((n for n in (context.length if context else None, told) if n is not None and 0 < n < 10**9), default=None)
+        limit = min(
+            (n for n in (context.length if context else None, told) if n is not None and 0 < n < 10**9), default=None
+        )
         if max_length is None:
             return limit
         if max_length < 1 or (limit is not None and max_length > limit):
