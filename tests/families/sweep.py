@@ -198,8 +198,10 @@ def train_two(out, model, **settings):
 def alone(model, ids):
     """Log-probabilities (S, V) and last hidden states (S, H) of one row: the plain model, nothing but input_ids."""
     out = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
-    hidden = out.hidden_states[-1][0] if getattr(out, "hidden_states", None) is not None else None
-    return out.logits[0].float().log_softmax(-1), hidden
+    hidden = (getattr(out, "hidden_states", None) or [None])[-1]
+    if hidden is None or hidden.ndim != 3:  # of Gemma3n: one for each of its streams, which the trunk joins
+        hidden = model.get_decoder()(input_ids=torch.tensor([ids])).last_hidden_state
+    return out.logits[0].float().log_softmax(-1), hidden[0]
 
 
 @torch.no_grad()
