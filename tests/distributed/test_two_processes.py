@@ -128,5 +128,5 @@ def test_an_error_on_one_process_ends_both_and_shows_its_cause(tmp_path):
     assert finished.returncode != 0
     output = finished.stdout + finished.stderr
     assert "'flaky' raised ValueError at step 1: the second process is unwell" in output
-    assert "Scoring failed on another process. process 1: reward function 'flaky' raised ValueError" in output
+    assert "The rollout failed on another process. process 1: reward function 'flaky' raised ValueError" in output
     assert len(metrics_rows(tmp_path / "fail")) == 1
