@@ -135,23 +135,29 @@ def listed_of(monkeypatch, tmp_path):
 @pytest.mark.parametrize("form", KL_FORMS)
 @pytest.mark.parametrize("name", SUPPORTS)
 def test_the_expected_gradient_of_every_form(listed_of, name, form):
-    """Those in the reward, or in both, have the gradient of the penalty; the losses each state's own part of it."""
+    """Those in the reward, or in both, have the gradient of the penalty; the losses each state's own part of it.
+
+    The loss's own KL is also reported: k3 and exact have the true mean there too.
+    """
     trainer, listed, scored = listed_of(name, kl_form=form)
     args, rollout, policy = trainer.args, scored.rollout, trainer.actor_critic.policy
     assert len(set(map(len, listed.rows))) > 1 and len(listed.rows) < VOCAB**HORIZON / 2
     estimated = estimate(rollout, shape_rewards(rollout, args, kl_coef=BETA), args)
     experience = Experience.from_rollout(rollout, estimated.advantages, estimated.returns)
     penalties = Penalties(kl_coef=BETA if args.kl_in_loss else 0.0, reference=trainer.reference)
-    found = 0.0
+    found = kl_loss = 0.0
     for row, chance in enumerate(listed.chances.detach()):
         one = experience.rows(slice(row, row + 1)).trim()
-        loss, _ = ppo_loss(trainer.actor_critic, one, args, penalties, heads=["logits"], token_count=1)
+        loss, sums = ppo_loss(trainer.actor_critic, one, args, penalties, heads=["logits"], token_count=1)
         found = found - chance * gradient(loss, policy)
+        kl_loss += chance * sums.get("kl_loss", 0.0)
     penalty = listed.true_kl
     if form.endswith("_loss"):
         penalty = listed.own(listed.reverse if form == "k3_loss" else listed.kl)
     truth = gradient(listed.true_return - BETA * penalty, policy)
     torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-5)
+    if args.kl_in_loss and form != "k2_loss":
+        assert kl_loss.item() == pytest.approx(listed.true_kl.item(), rel=1e-4)
     without = gradient(listed.true_return, policy)
     assert (truth - without).norm() > 0.01 * without.norm(), "the penalty is seen"
 
