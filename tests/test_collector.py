@@ -38,7 +38,7 @@ def collect(trainer, iteration=0):
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.6, "top_k": 4}], ids=str)
 @pytest.mark.parametrize("family", MODELS)
-def test_reference_logprobs_are_those_of_the_row_alone_on_the_same_support(family, sampling):
+def test_logprobs_are_those_of_the_row_alone_on_the_records_support(family, sampling):
     samples = make_samples(build_model(family, "shared"), **sampling)
     other = ActorCritic(MODELS[family](seed=6))
     temperature = sampling.get("temperature", 1.0)
