@@ -36,7 +36,8 @@ class Reference:
         if not self.adapter_off:
             model = model.float().requires_grad_(False)
         self.model = model.eval()
-        self.language_model = LanguageModel(self.model)
+        with self._adapter_off():
+            self.language_model = LanguageModel(self.model, "ref_model" if ref_model is not None else "model")
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Tensor:
