@@ -113,7 +113,7 @@ def test_an_evaluation_computes_only_what_it_reports(tmp_path, monkeypatch, kind
     trainer.evaluate()
     assert passes == {"reference": 1}
     trainer.collector.collect(trainer.prompts.next_batch(8), 0)
-    assert passes["values"] > 0 and passes["policy"] > 0 and passes["reference"] == 3
+    assert passes["values"] > 0 and passes["policy"] > 0 and passes["reference"] == 2
 
 
 def test_evaluation_is_the_same_at_every_call_and_follows_the_policy(tmp_path):
