@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from lmppo.models import ActorCritic, LanguageModel, Positions, Reference, UnsupportedModelError
-from lmppo.models.probe import STEPS, precision_of, probe_tokens
+from lmppo.models.probe import PADDING, STEPS, precision_of, probe_tokens
 from lmppo.prompts import pad_left
 from lmppo.sampling import SamplingParams, sample, uniform_noise
 
@@ -220,8 +220,8 @@ def test_the_tokens_of_the_probe():
     assert tokens.prompt_mask.sum(dim=1).tolist() == [3, 16, 5]
     assert tokens.completion_ids.shape == (3, STEPS)
     assert not (tokens.input_ids[tokens.attention_mask] == EOS).any(), "no token that ends or pads"
-    windowed = MistralConfig(sliding_window=30, **ENCODER)
-    assert probe_tokens(windowed, torch.device("cpu")).prompt_ids.shape[1] == 46
+    windowed = MistralConfig(sliding_window=30, **ENCODER | {"max_position_embeddings": 100})
+    assert probe_tokens(windowed, torch.device("cpu")).prompt_ids.shape[1] == 30 + 16 + PADDING
     short = gpt2(n_positions=8)
     assert probe_tokens(short.config, torch.device("cpu")).input_ids.shape[1] == 8
     ActorCritic(short)
