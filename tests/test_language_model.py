@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lmppo.functional import token_logprobs
-from lmppo.models import ActorCritic, LanguageModel, Reference, UnsupportedModelError, inputs_of
+from lmppo.models import ActorCritic, LanguageModel, Positions, Reference, UnsupportedModelError, inputs_of
 from lmppo.records import Tokens
 
 ENDS = {"vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": EOS}
@@ -70,7 +70,9 @@ def batch():
 def own_forward(model, tokens):
     """The logits of the states before each completion token, by the model's own forward."""
     with torch.no_grad():
-        return model(**inputs_of(tokens), logits_to_keep=tokens.completion_ids.shape[1] + 1).logits[:, :-1]
+        return model(**inputs_of(tokens, Positions(0)), logits_to_keep=tokens.completion_ids.shape[1] + 1).logits[
+            :, :-1
+        ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,7 +141,7 @@ def test_gradients_flow_through_head_and_trunk_as_through_the_models_own_forward
     keep = tokens.completion_ids.shape[1] + 1
     for logits_of in (
         ActorCritic(model).logits,
-        lambda tokens: model(**inputs_of(tokens), logits_to_keep=keep).logits[:, :-1],
+        lambda tokens: model(**inputs_of(tokens, Positions(0)), logits_to_keep=keep).logits[:, :-1],
     ):
         model.zero_grad()
         (logits_of(tokens) * weights).sum().backward()

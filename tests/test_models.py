@@ -22,13 +22,14 @@ from builders import (
 from fakes import tiny_gpt2
 from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2Model
+from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
 
 from lmppo.functional import token_logprobs
 from lmppo.models import (
     ActorCritic,
+    Positions,
     Reference,
     load_policy,
-    position_ids_of,
 )
 from lmppo.records import Tokens
 
@@ -57,8 +58,17 @@ def test_the_model_attends_to_gaps_but_not_to_padding():
 
 
 def test_positions_count_tokens_not_columns():
-    positions = position_ids_of(bits("00111", "11111"))
-    assert positions.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    mask, ids = bits("00111", "11111"), torch.tensor([[1, 1, 5, 1, 6], [5, 5, 5, 5, 1]])
+    assert Positions(0).of(ids, mask)["position_ids"].tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]
+    assert Positions(None).of(ids, mask) == {}
+
+
+def test_roberta_counts_its_padding_nowhere():
+    """As transformers' own function has it, which sees the tokens alone."""
+    mask, ids = bits("00111", "11111"), torch.tensor([[1, 1, 5, 1, 6], [5, 5, 5, 5, 1]])
+    positions = Positions(2, padding_id=1).of(ids, mask)["position_ids"]
+    assert positions.equal(RobertaEmbeddings.create_position_ids_from_input_ids(ids, padding_idx=1))
+    assert positions.tolist() == [[1, 1, 2, 1, 3], [2, 3, 4, 5, 1]]
 
 
 # --- a row's numbers are its own -------------------------------------------------------------------------------------

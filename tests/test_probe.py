@@ -27,8 +27,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lmppo.models import ActorCritic, LanguageModel, Reference, UnsupportedModelError
-from lmppo.models.probe import STEPS, precision_of, probe_tokens
+from lmppo.models import ActorCritic, LanguageModel, Positions, Reference, UnsupportedModelError
+from lmppo.models.probe import PADDING, STEPS, precision_of, probe_tokens
 from lmppo.prompts import pad_left
 from lmppo.sampling import SamplingParams, sample, uniform_noise
 
@@ -45,10 +45,7 @@ def made(cls, config):
 
 
 def roberta():
-    """It never samples its padding, at which the plain model stops counting positions."""
-    model = made(RobertaForCausalLM, RobertaConfig(is_decoder=True, **ENCODER))
-    model.lm_head.bias.data[1] = -50.0
-    return model
+    return made(RobertaForCausalLM, RobertaConfig(is_decoder=True, **ENCODER))
 
 
 def lfm2():
@@ -102,9 +99,9 @@ def test_padded_rows_are_those_of_the_plain_model(build):
 
 
 def test_what_the_models_tell_of_themselves():
-    assert LanguageModel(gpt2().eval()).first_position == 0
-    assert LanguageModel(roberta()).first_position == 2, "after its padding, whose id is 1"
-    assert LanguageModel(mamba()).first_position is None
+    assert LanguageModel(gpt2().eval()).positions == Positions(0)
+    assert LanguageModel(roberta()).positions == Positions(2, padding_id=1)
+    assert LanguageModel(mamba()).positions == Positions(None)
     assert LanguageModel(opt_350m()).width == 8, "what its head reads, not config.hidden_size"
 
 
@@ -204,8 +201,8 @@ def test_the_probe_goes_past_a_window():
 
         def forward(self, input_ids=None, attention_mask=None, **kwargs):
             out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-            if attention_mask is not None and not attention_mask.all() and attention_mask.shape[1] > 12:
-                out.last_hidden_state[:, 12:] += 1
+            if attention_mask is not None and not attention_mask.all() and attention_mask.shape[1] > 24:
+                out.last_hidden_state[:, 24:] += 1
             return out
 
     windowed = MistralConfig(sliding_window=12, num_key_value_heads=1, **ENCODER)
@@ -214,17 +211,17 @@ def test_the_probe_goes_past_a_window():
     with pytest.raises(UnsupportedModelError, match="when it is padded"):
         LanguageModel(leaking)
     LanguageModel(made(MistralForCausalLM, windowed))
-    leaking.config.sliding_window = None  # what shorter rows show
+    leaking.config.sliding_window = None  # shorter rows do not show it
     LanguageModel(leaking)
 
 
 def test_the_tokens_of_the_probe():
     tokens = probe_tokens(gpt2().config, torch.device("cpu"))
-    assert tokens.prompt_mask.sum(dim=1).tolist() == [3, 9, 5]
+    assert tokens.prompt_mask.sum(dim=1).tolist() == [3, 16, 5]
     assert tokens.completion_ids.shape == (3, STEPS)
     assert not (tokens.input_ids[tokens.attention_mask] == EOS).any(), "no token that ends or pads"
-    windowed = MistralConfig(sliding_window=30, **ENCODER)
-    assert probe_tokens(windowed, torch.device("cpu")).prompt_ids.shape[1] == 35
+    windowed = MistralConfig(sliding_window=30, **ENCODER | {"max_position_embeddings": 100})
+    assert probe_tokens(windowed, torch.device("cpu")).prompt_ids.shape[1] == 30 + 16 + PADDING
     short = gpt2(n_positions=8)
     assert probe_tokens(short.config, torch.device("cpu")).input_ids.shape[1] == 8
     ActorCritic(short)

@@ -2,7 +2,7 @@
 
 from lmppo.models.actor_critic import HEADS, ActorCritic, score_tokens
 from lmppo.models.decoder import Decoder
-from lmppo.models.inputs import inputs_of, position_ids_of
+from lmppo.models.inputs import Positions, inputs_of
 from lmppo.models.language_model import LanguageModel, States
 from lmppo.models.loading import load_policy, load_weights
 from lmppo.models.probe import UnsupportedModelError
@@ -13,12 +13,12 @@ __all__ = [
     "ActorCritic",
     "Decoder",
     "LanguageModel",
+    "Positions",
     "Reference",
     "States",
     "UnsupportedModelError",
     "inputs_of",
     "load_policy",
     "load_weights",
-    "position_ids_of",
     "score_tokens",
 ]

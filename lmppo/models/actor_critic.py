@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 
 from lmppo.functional import token_logprobs
 from lmppo.models.decoder import Decoder, needs_step_masks
-from lmppo.models.inputs import inputs_of, takes
+from lmppo.models.inputs import Positions, inputs_of, takes
 from lmppo.models.language_model import LanguageModel
 from lmppo.models.probe import (
     Outputs,
     UnsupportedModelError,
     check_causal,
-    find_first_position,
+    find_positions,
     probe_tokens,
     read_alone,
 )
@@ -62,7 +62,7 @@ class ActorCritic(nn.Module):
         self.language_model = LanguageModel(policy)
         self._masks_steps = needs_step_masks(self.language_model)
         if critic is not None:
-            self._critic_first_position = probe_critic(critic)
+            self._critic_positions = probe_critic(critic)
             return
         if not self.language_model.width:
             raise UnsupportedModelError(
@@ -122,7 +122,7 @@ class ActorCritic(nn.Module):
         rows = torch.arange(len(last), device=last.device)
         if self.critic is not None:
             return self._critic_everywhere(tokens)[rows, last]
-        inputs = inputs_of(tokens, self.language_model.first_position)
+        inputs = inputs_of(tokens, self.language_model.positions)
         hidden: Any = self.language_model.forward(last=attention_mask.shape[1], **inputs).hidden
         return self.values_of(hidden[rows, last])
 
@@ -141,12 +141,12 @@ class ActorCritic(nn.Module):
 
     def _critic_everywhere(self, tokens: Tokens) -> Tensor:
         """``(B, S, K)`` values of the states after each token."""
-        return self.critic(**inputs_of(tokens, self._critic_first_position)).logits.float()
+        return self.critic(**inputs_of(tokens, self._critic_positions)).logits.float()
 
 
 @torch.no_grad()
-def probe_critic(critic: PreTrainedModel) -> int | None:
-    """The position of a row's first token, for a critic of its own.
+def probe_critic(critic: PreTrainedModel) -> Positions:
+    """How a critic of its own counts positions.
 
     Its hidden states are probed as well: a new head gives 0 for whatever they are.
 
@@ -164,7 +164,7 @@ def probe_critic(critic: PreTrainedModel) -> int | None:
         alone = read_alone(read, tokens)
         check_causal(read, tokens, alone, critic, "critic")
         told = takes(critic.base_model, "position_ids")
-        return find_first_position(read, tokens, alone, critic, "critic", takes_positions=told)
+        return find_positions(read, tokens, alone, critic, "critic", takes_positions=told)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ and its log-probabilities are silently wrong.
 """
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,23 +13,42 @@ from torch import Tensor
 from lmppo.records import Tokens
 
 
-def position_ids_of(attention_mask: Tensor, first: int = 0) -> Tensor:
-    """``(B, S)`` each token's place among the tokens that are there, counted from ``first``; padding gets ``first``."""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0) + first
+@dataclass(frozen=True)
+class Positions:
+    """How a model counts positions.
 
-
-def inputs_of(tokens: Tokens, first_position: int | None = 0) -> dict[str, Any]:
-    """The arguments of a model's forward pass over prompts and completions.
-
-    Args:
-        tokens: Prompts and completions.
-        first_position: The position of a row's first token; None: the model is told no positions.
+    Attributes:
+        first: The position of a row's first token; None: the model is told no positions.
+        padding_id: A token that is never counted, wherever it stands, and is at ``first - 1``: the padding of RoBERTa and
+            the models after it. None: every token counts.
     """
-    mask = tokens.attention_mask
-    inputs = {"input_ids": tokens.input_ids, "attention_mask": mask.long(), "use_cache": False}
-    if first_position is not None:
-        inputs["position_ids"] = position_ids_of(mask, first_position)
-    return inputs
+
+    first: int | None = 0
+    padding_id: int | None = None
+
+    def of(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """``position_ids (B, S)`` as an argument of the model, if it is told any: each token's place among those there.
+
+        Args:
+            input_ids: ``(B, S)``.
+            attention_mask: ``(B, S)`` which tokens are there.
+        """
+        if self.first is None:
+            return {}
+        counted = attention_mask.bool()
+        if self.padding_id is not None:
+            counted = counted & (input_ids != self.padding_id)
+        places = (counted.long().cumsum(dim=1) - 1).clamp(min=0) + self.first
+        if self.padding_id is not None:
+            places = places.where(counted, self.first - 1)
+        return {"position_ids": places}
+
+
+def inputs_of(tokens: Tokens, positions: Positions) -> dict[str, Any]:
+    """The arguments of a model's forward pass over prompts and completions."""
+    ids, mask = tokens.input_ids, tokens.attention_mask
+    told = positions.of(ids, mask)
+    return {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False, **told}
 
 
 def base_of(model: Any) -> Any:

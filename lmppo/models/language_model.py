@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lmppo.functional._inputs import widen
-from lmppo.models.inputs import base_of, inputs_of, kind_of, takes
+from lmppo.models.inputs import Positions, base_of, inputs_of, kind_of, takes
 from lmppo.models.probe import (
     Outputs,
     UnsupportedModelError,
     check_causal,
-    find_first_position,
+    find_positions,
+    one_line,
     probe_tokens,
     read_alone,
 )
@@ -48,7 +49,8 @@ class LanguageModel:
     Attributes:
         model: The model.
         trunk: Its trunk, if it can be split.
-        first_position: The position of a row's first token; None: it is told no positions.
+        positions: How it counts positions.
+        cache_name: What it calls its cache; empty where it has none of transformers' kind (RWKV's ``state``).
         width: ``H``; 0 where the model gives no hidden states.
 
     Args:
@@ -63,11 +65,12 @@ class LanguageModel:
         self.model = model
         self.trunk: Any = None
         self._output_class: Any = None
-        self.first_position, self.width = self._probe(name)
+        self.cache_name = next((n for n in ("past_key_values", "cache_params") if takes(model, n)), "")
+        self.positions, self.width = self._probe(name)
 
     @torch.no_grad()
-    def _probe(self, name: str) -> tuple[int | None, int]:
-        """The position of a row's first token, and the width of the hidden states, as the model itself tells."""
+    def _probe(self, name: str) -> tuple[Positions, int]:
+        """How the model counts positions, and the width of its hidden states, as the model itself tells."""
         kind = kind_of(self.model)
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
@@ -82,18 +85,17 @@ class LanguageModel:
             except Exception as error:
                 raise UnsupportedModelError(
                     f"{name} is a {kind}, which cannot read a few tokens as a causal language model does "
-                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): expected "
-                    f"a model that AutoModelForCausalLM loads."
+                    f"({one_line(error)}): expected a model that AutoModelForCausalLM loads."
                 ) from error
             check_causal(self.outputs, tokens, alone, self.model, name)
             told = takes(self.model if self.trunk is None else self.trunk, "position_ids")
-            first = find_first_position(self.outputs, tokens, alone, self.model, name, takes_positions=told)
-        return first, alone[0][1].shape[-1] if len(alone[0]) > 1 else 0
+            positions = find_positions(self.outputs, tokens, alone, self.model, name, takes_positions=told)
+        return positions, alone[0][1].shape[-1] if len(alone[0]) > 1 else 0
 
     def read(self, tokens: Tokens) -> States:
         """What the model computes of the ``T + 1`` states before and after each completion token."""
         last = tokens.completion_ids.shape[1] + 1
-        return self.forward(last=last, **inputs_of(tokens, self.first_position))
+        return self.forward(last=last, **inputs_of(tokens, self.positions))
 
     def forward(self, *, last: int, **inputs: Any) -> States:
         """The ``last`` positions of a forward pass."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lmppo.checks import rounding_tolerance
-from lmppo.models.inputs import inputs_of, kind_of
+from lmppo.models.inputs import Positions, inputs_of, kind_of
 from lmppo.records import Tokens
 
 Outputs = Sequence[Tensor]
@@ -23,8 +23,8 @@ Outputs = Sequence[Tensor]
 Read = Callable[..., Outputs]
 """A model's forward pass: from ``input_ids`` and other arguments to its outputs."""
 
-STEPS = 3
-"""Completion tokens of each row of the probe."""
+STEPS, PADDING = 3, 2
+"""Completion tokens of each row of the probe, and padding of its longest row."""
 
 
 class UnsupportedModelError(ValueError):
@@ -32,7 +32,7 @@ class UnsupportedModelError(ValueError):
 
 
 def probe_tokens(config: Any, device: torch.device) -> Tokens:
-    """Three rows of 3, n and 5 prompt tokens and ``STEPS`` more: n = 9, or past a window or chunk of up to 64 tokens.
+    """Three rows of 3, n and 5 prompt tokens and ``STEPS`` more: n = 16, or past a window or chunk of up to 64 tokens.
 
     Fewer where the model's context is shorter. The tokens are none that the configuration names: not padding, nor the
     end of a text, nor what stands for an image.
@@ -45,17 +45,17 @@ def probe_tokens(config: Any, device: torch.device) -> Tokens:
     numbers = {name: n for name, n in text.to_dict().items() if type(n) is int}
     windows = [n for name, n in numbers.items() if ("window" in name or "chunk" in name) and 2 <= n <= 64]
     context = min([n for name, n in numbers.items() if name in _CONTEXTS and n > 0], default=10**6)
-    longest = max(2, min(max([9, *(n + 5 for n in windows)]), context - STEPS))
-    lengths = [min(3, longest), longest, min(5, longest)]
+    longest = max(2, min(max([16, *(n + 16 for n in windows)]), context - STEPS - PADDING))
+    lengths, width = [min(3, longest), longest, min(5, longest)], longest + PADDING
     named = {n for c in (config, text) for name, n in c.to_dict().items() if "token" in name and type(n) is int}
     plain = torch.tensor([i for i in range(text.vocab_size) if i not in named])
     plain = plain if len(plain) > 1 else torch.arange(text.vocab_size)
-    picks = plain[(torch.arange(3 * (longest + STEPS)) * 7919 + 13) % 104729 % len(plain)].view(3, -1)
-    places = torch.arange(longest)
-    mask = torch.stack([places >= longest - n for n in lengths])
-    ids = torch.where(mask, picks[:, :longest], 0)
-    completions = picks[:, longest:]
-    tensors = (ids, mask, completions, torch.ones_like(completions, dtype=torch.bool))
+    generator = torch.Generator().manual_seed(0)
+    few = plain[torch.randperm(len(plain), generator=generator)[:8]]  # so that tokens come again, as in texts
+    picks = few[torch.randint(len(few), (len(lengths), width + STEPS), generator=generator)]
+    mask = torch.stack([torch.arange(width) >= width - n for n in lengths])
+    completions = picks[:, width:]
+    tensors = (picks[:, :width] * mask, mask, completions, torch.ones_like(completions, dtype=torch.bool))
     return Tokens(*(x.to(device) for x in tensors))
 
 
@@ -69,7 +69,7 @@ def read_alone(read: Read, tokens: Tokens) -> list[Outputs]:
 
 
 def check_causal(read: Read, tokens: Tokens, alone: list[Outputs], model: Any, name: str) -> None:
-    """A later token that is changed moves nothing before it.
+    """Later tokens that are changed move nothing before them.
 
     Args:
         read: The model's forward pass.
@@ -82,21 +82,21 @@ def check_causal(read: Read, tokens: Tokens, alone: list[Outputs], model: Any, n
         UnsupportedModelError: It does.
     """
     row = int(tokens.prompt_mask.sum(dim=1).argmax())
-    ids = tokens.input_ids[row : row + 1].clone()
-    at = ids.shape[1] - 2
-    ids[0, at] = ids[0, at - 1] if ids[0, at - 1] != ids[0, at] else ids[0, 0]
-    error = excess(read(input_ids=ids), alone[row], model, slice(0, at))
+    n = alone[row][0].shape[1]
+    ids, half = tokens.input_ids[row : row + 1, -n:].clone(), n // 2
+    ids[0, half:] = ids[0, half:].roll(1)
+    error = excess(read(input_ids=ids), alone[row], model, slice(0, half))
     if error.too_large:
         raise UnsupportedModelError(
-            f"{name} is a {kind_of(model)} that reads later tokens: changing one moved what it computes of earlier "
-            f"tokens by {error}. Give a causal model; an encoder such as BERT is one with config.is_decoder=True."
+            f"{name} is a {kind_of(model)} that reads later tokens: changing some moved what it computes of "
+            f"earlier ones by {error}. Give a causal model; an encoder such as BERT is one with config.is_decoder=True."
         )
 
 
-def find_first_position(
+def find_positions(
     read: Read, tokens: Tokens, alone: list[Outputs], model: Any, name: str, *, takes_positions: bool
-) -> int | None:
-    """The position that the model counts from, as its outputs tell: 0; after the padding's, as RoBERTa does; or None.
+) -> Positions:
+    """How the model counts positions, as its outputs tell: from 0; as RoBERTa does; or without being told any.
 
     Args:
         read: The model's forward pass.
@@ -106,27 +106,35 @@ def find_first_position(
         name: How messages name it.
         takes_positions: Whether it can be told positions at all.
 
-    Returns:
-        The position of a row's first token; None: the model needs no position ids, or takes none.
-
     Raises:
-        UnsupportedModelError: None of them gives in a padded batch what it computes of each row alone.
+        UnsupportedModelError: In none of these ways it computes of a padded batch what it computes of each row alone.
     """
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    after_padding = [padding + 1] if isinstance(padding, int) and padding >= 0 else []
-    candidates = [0, *after_padding, None] if takes_positions else [None]
-    errors = []
-    for first in candidates:
-        batch = read(**inputs_of(tokens, first))
-        errors.append(largest(_errors_of_rows(batch, alone, model)))
-        if not errors[-1].too_large:
-            return first
-    best = min(errors, key=lambda d: d.ratio)
+    like_roberta = [Positions(padding + 1, padding)] if isinstance(padding, int) and padding >= 0 else []
+    ways = [Positions(0), *like_roberta, Positions(None)] if takes_positions else [Positions(None)]
+    lengths = [row[0].shape[1] for row in alone]
+    problem = ""
+    for positions in ways:
+        try:
+            batch = read(**inputs_of(tokens, positions))
+        except Exception as error:
+            problem = problem or one_line(error)
+            continue
+        rows = [[x[i : i + 1, -n:] for x in batch] for i, n in enumerate(lengths)]
+        difference = largest(excess(row, own, model) for row, own in zip(rows, alone, strict=True))
+        if not difference.too_large:
+            return positions
+        problem = problem or f"a difference of {difference}"
     raise UnsupportedModelError(
-        f"{name} is a {kind_of(model)}, which computes something else of a row when it is padded: a difference of "
-        f"{best}. Its numbers would be wrong in every batch of prompts of different lengths"
+        f"{name} is a {kind_of(model)}, which computes something else of a row when it is padded: {problem}. Its numbers "
+        f"would be wrong in every batch of prompts of different lengths"
         f"{'' if takes_positions else ' (it takes no position_ids)'}. Choose a model of another family."
     )
+
+
+def one_line(error: Exception) -> str:
+    """An error of another library, as a part of a sentence."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
 @dataclass(frozen=True)
@@ -172,12 +180,6 @@ def excess(outputs: Outputs, expected: Outputs, model: Any, places: slice = slic
         magnitude = b.masked_fill(b.isinf(), 0.0).abs().amax().item()
         found.append(Difference(size, rounding_tolerance(magnitude, precision_of(model))))
     return largest(found)
-
-
-def _errors_of_rows(batch: Outputs, alone: list[Outputs], model: Any) -> list[Difference]:
-    """The differences of a padded batch from its rows alone."""
-    lengths = [row[0].shape[1] for row in alone]
-    return [excess([x[i : i + 1, -n:] for x in batch], alone[i], model) for i, n in enumerate(lengths)]
 
 
 def precision_of(model: Any) -> str:
