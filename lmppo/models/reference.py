@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lmppo.models.language_model import LanguageModel
+from lmppo.models.loading import as_float32, check_not_trained, frozen_view
 from lmppo.protocols import CausalLM
 from lmppo.records import Tokens
 
@@ -19,8 +20,10 @@ class Reference:
     A given ``ref_model``; else, for a policy with an adapter, the same weights with the adapter off; else a frozen copy
     of the policy as it is now.
 
+    ``ref_model`` stays as it is: a view of its weights is used, or a float32 copy.
+
     Raises:
-        ValueError: ``ref_model`` has another vocabulary than the policy.
+        ValueError: ``ref_model`` has another vocabulary than the policy, or weights that are trained.
     """
 
     def __init__(self, policy: CausalLM, ref_model: PreTrainedModel | None = None) -> None:
@@ -32,9 +35,11 @@ class Reference:
                     f"ref_model knows {n_ref} tokens and the policy {n_policy}: a KL needs distributions over the same "
                     f"vocabulary. Give a reference with the policy's tokenizer and embedding size."
                 )
+            check_not_trained(ref_model, policy)
+            ref_model = frozen_view(as_float32(ref_model, "ref_model")).to(next(policy.parameters()).device)
         model: Any = policy if self.adapter_off else ref_model if ref_model is not None else copy.deepcopy(policy)
         if not self.adapter_off:
-            model = model.float().requires_grad_(False)
+            model = model.requires_grad_(False)
         self.model = model.eval()
         self.language_model = LanguageModel(self.model)
 
