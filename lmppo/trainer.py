@@ -25,6 +25,7 @@ from lmppo.loss import Penalties
 from lmppo.metrics import critic_metrics, rollout_metrics
 from lmppo.models import ActorCritic, Reference, load_policy
 from lmppo.models.critics import make_actor_critic
+from lmppo.models.recomputation import prepare_recomputation
 from lmppo.optimizer import make_optimizer, set_learning_rates
 from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
 from lmppo.protocols import Tokenizer
@@ -123,6 +124,7 @@ class PPOTrainer:
         # The critic, the prompts and the optimizer.
         params = SamplingParams.of(self.args, self.processing_class, policy)
         actor_critic = make_actor_critic(policy, critic, self.args, self.processing_class, n_streams=len(self.streams))
+        prepare_recomputation(actor_critic, self.args)
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
         self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)

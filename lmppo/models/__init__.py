@@ -3,6 +3,7 @@
 from lmppo.models.actor_critic import HEADS, ActorCritic, score_tokens
 from lmppo.models.language_model import LanguageModel, States, inputs_of, position_ids_of, takes_position_ids
 from lmppo.models.loading import load_policy, load_weights
+from lmppo.models.recomputation import recomputing
 from lmppo.models.reference import Reference
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "load_policy",
     "load_weights",
     "position_ids_of",
+    "recomputing",
     "score_tokens",
     "takes_position_ids",
 ]
