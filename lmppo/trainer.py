@@ -110,8 +110,7 @@ class PPOTrainer:
         if isinstance(ref_model, str):
             ref_model = load_policy(ref_model)
         self.reference = Reference(policy, None if ref_model is None else ref_model.to(device))
-        # A trained adapter that the user brings differs from the reference before any step; anything else may not.
-        self._kl_starts_at_zero = ref_model is None and (peft_config is not None or not hasattr(policy, "peft_config"))
+        self._kl_starts_at_zero = ref_model is None
         self._first_ratio_checked = False
 
         # The rewards.

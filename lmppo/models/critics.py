@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import distributed, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -21,7 +21,8 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from lmppo.models.actor_critic import ActorCritic
-from lmppo.models.loading import load_weights
+from lmppo.models.language_model import vocab_size_of
+from lmppo.models.loading import load_weights, print_once
 from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.settings import AdvantageSettings
 
@@ -85,10 +86,10 @@ def load_critic(
         match.check()
         return _checked(_load_critic_weights(name, config, n_streams), policy, n_streams, match)
     if match.unknown or match.difference:
-        _print_once(f"Critic: a value head on the policy's trunk, not {name!r}: {match.unknown or match.difference}.")
+        print_once(f"Critic: a value head on the policy's trunk, not {name!r}: {match.unknown or match.difference}.")
         return None
     loaded = _checked(_load_critic_weights(name, config, n_streams), policy, n_streams, match)
-    _print_once(f"Critic: {name!r}, which reads the policy's tokens.")
+    print_once(f"Critic: {name!r}, which reads the policy's tokens.")
     return loaded
 
 
@@ -144,25 +145,19 @@ def _checked(critic: Any, policy: CausalLM, n_streams: int, match: _Match) -> Pr
     """The critic in float32, if its labels and the size of its vocabulary fit."""
     if getattr(critic.config, "num_labels", None) != n_streams:
         raise ValueError(f"critic has {critic.config.num_labels} labels; expected {n_streams}, one per reward stream.")
-    n_vocab, n_policy = critic.get_input_embeddings().num_embeddings, policy.get_input_embeddings().num_embeddings
+    n_vocab, n_policy = vocab_size_of(critic), vocab_size_of(policy)
     if n_vocab < n_policy:
         raise ValueError(
             f"critic knows {n_vocab} tokens and the policy {n_policy}: they must share the tokenizer. Train the "
             f"critic's model with the policy's tokenizer, or leave critic out to share the policy's trunk."
         )
     if match.unknown and n_vocab != n_policy:
-        _print_once(f"Critic: it knows {n_vocab} tokens and the policy {n_policy}; {match.unknown}.")
+        print_once(f"Critic: it knows {n_vocab} tokens and the policy {n_policy}; {match.unknown}.")
     return critic.float()
 
 
 def _name_of(model: Any) -> str:
     return str(getattr(model.config, "_name_or_path", ""))
-
-
-def _print_once(line: str) -> None:
-    """Print on the main process alone."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
-        print(line, flush=True)
 
 
 def _load_critic_weights(name: str, config: Any, n_streams: int) -> PreTrainedModel:
