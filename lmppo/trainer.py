@@ -53,7 +53,7 @@ class PPOTrainer:
     """Token-level PPO with a critic for a causal language model.
 
     Args:
-        model: Hub id or directory of the policy, or the model itself (also with a peft adapter).
+        model: Hub id or directory of the policy or of an adapter to go on with, or the model itself (also a PeftModel).
         reward_funcs: One or several reward functions in trl's protocol, or names of one-label classifiers.
         args: The configuration.
         train_dataset: Rows with a ``prompt`` (text, chat messages or token ids); the reward functions get the other
@@ -61,7 +61,7 @@ class PPOTrainer:
         eval_dataset: The same, for :meth:`evaluate`.
         processing_class: The policy's tokenizer; loaded from the model's name if not given.
         reward_processing_classes: Tokenizers of the reward models.
-        peft_config: Train an adapter; the reference is then the same model with the adapter off.
+        peft_config: Train a fresh adapter.
         ref_model: The reference, if it is not the policy as it is now.
         critic: None: a value head on the policy's trunk. Otherwise a token-classification model, or a model's name.
         callbacks: transformers callbacks, or their classes.
@@ -109,7 +109,7 @@ class PPOTrainer:
         self.processing_class = processing_class or load_tokenizer(policy.config._name_or_path)
         if isinstance(ref_model, str):
             ref_model = load_policy(ref_model)
-        self.reference = Reference(policy, None if ref_model is None else ref_model.to(device))
+        self.reference = Reference(policy, ref_model)
         self._kl_starts_at_zero = ref_model is None
         self._first_ratio_checked = False
 

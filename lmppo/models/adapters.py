@@ -125,7 +125,7 @@ def merge_adapter(policy: Any) -> Any:
 
 def _untie_adapted(policy: nn.Module) -> None:
     """Give every module that an adapter wraps weights of its own, so that merging changes no other module."""
-    adapted = {id(m.base_layer): m.base_layer for m in policy.modules() if hasattr(m, "base_layer")}
+    adapted: dict[int, Any] = {id(m.base_layer): m.base_layer for m in policy.modules() if hasattr(m, "base_layer")}
     holders = Counter(id(p) for m in policy.modules() for p in m._parameters.values() if p is not None)
     for module in adapted.values():
         for name, parameter in module._parameters.items():

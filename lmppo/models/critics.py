@@ -5,6 +5,7 @@ many there are: a tokenizer of another family may be of any size.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from lmppo.models.actor_critic import ActorCritic
 from lmppo.models.language_model import vocab_size_of
-from lmppo.models.loading import load_weights, print_once
+from lmppo.models.loading import as_float32, is_quantized, load_weights, print_once
 from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.settings import AdvantageSettings
 
@@ -61,8 +62,8 @@ def load_critic(
     decide.
 
     Args:
-        critic: A model, a directory or a Hub id. ``"auto:<directory or id>"`` asks for it only if its tokens are known
-            to be the policy's, and says on the main process what was decided.
+        critic: A model (a copy of it is trained), a directory or a Hub id. ``"auto:<directory or id>"`` asks for it only
+            if its tokens are known to be the policy's, and says on the main process what was decided.
         policy: The policy.
         n_streams: Number of reward streams.
         tokenizer: The policy's (default: the one beside its weights).
@@ -78,7 +79,7 @@ def load_critic(
         name = _name_of(critic)
         match = _compare(policy, tokenizer, _tokenizer_at(name, may_download=False), name)
         match.check()
-        return _checked(critic, policy, n_streams, match)
+        return _copied(_checked(critic, policy, n_streams, match))
     name = str(critic).removeprefix(AUTO)
     config = load_weights_config(name)  # first of all: with `auto:` too, a name that leads nowhere is an error
     match = _compare(policy, tokenizer, _tokenizer_at(name, may_download=True), name)
@@ -142,7 +143,7 @@ def _difference(tokens: dict[str, int], its_tokenizer: Tokenizer) -> str:
 
 
 def _checked(critic: Any, policy: CausalLM, n_streams: int, match: _Match) -> PreTrainedModel:
-    """The critic in float32, if its labels and the size of its vocabulary fit."""
+    """The critic, if its labels and the size of its vocabulary fit."""
     if getattr(critic.config, "num_labels", None) != n_streams:
         raise ValueError(f"critic has {critic.config.num_labels} labels; expected {n_streams}, one per reward stream.")
     n_vocab, n_policy = vocab_size_of(critic), vocab_size_of(policy)
@@ -153,7 +154,15 @@ def _checked(critic: Any, policy: CausalLM, n_streams: int, match: _Match) -> Pr
         )
     if match.unknown and n_vocab != n_policy:
         print_once(f"Critic: it knows {n_vocab} tokens and the policy {n_policy}; {match.unknown}.")
-    return critic.float()
+    return critic
+
+
+def _copied(critic: PreTrainedModel) -> PreTrainedModel:
+    """A critic of our own: what is passed is not trained itself."""
+    if is_quantized(critic):
+        raise ValueError("critic is quantized, and all weights of a critic are trained: pass one in float32.")
+    own = as_float32(critic, "critic")
+    return copy.deepcopy(critic) if own is critic else own
 
 
 def _name_of(model: Any) -> str:

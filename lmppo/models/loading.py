@@ -1,11 +1,14 @@
-"""Loading the weights of the policy, and of any other model."""
+"""Loading the weights of the policy, and of any other model; and what is made of models that are passed."""
 
+import copy
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from lmppo.models.adapters import add_adapter, base_of_adapter, check_adapter, load_adapter
 
@@ -34,10 +37,99 @@ def load_weights(auto_class: Any, name_or_path: str, **kwargs: Any) -> PreTraine
         ) from error
 
 
+def print_once(line: str) -> None:
+    """Print on the main process alone."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
+        print(line, flush=True)
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether some of a model's weights are no plain numbers, so that it cannot be cast."""
+    return getattr(plain_model(model), "hf_quantizer", None) is not None
+
+
+def plain_model(model: Any) -> Any:
+    """The model without its adapter's wrapper; the adapter's layers stay in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def as_float32(model: Any, name: str) -> Any:
+    """The model itself if its weights are float32 or quantized; else a float32 copy of it, and a printed line.
+
+    ``model.float()`` is not enough: tables that are not saved with the weights (the frequencies of rotary positions, the
+    scale of an embedding) have been rounded with them, and are computed anew from the configuration.
+
+    Args:
+        model: A model of transformers, plain or with a peft adapter; it stays as it is.
+        name: What it was passed as, for the line.
+
+    Raises:
+        ValueError: Its class cannot be built from its configuration.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if not dtypes or is_quantized(model):
+        return model
+    kind = str(dtypes.pop()).removeprefix("torch.")
+    own = copy.deepcopy(model).float()
+    base = plain_model(own)
+    try:
+        with no_init_weights():  # only the tables are used
+            fresh: dict[str, Any] = dict(type(base)(copy.deepcopy(base.config)).named_modules())
+    except Exception as error:  # whatever a class needs beside its configuration
+        raise ValueError(
+            f"{name} is a {type(base).__name__} in {kind}, and cannot be rebuilt in float32 from its configuration "
+            f"({error}). Load it with dtype=torch.float32."
+        ) from error
+    for path, module in base.named_modules():
+        source: Any = fresh.get(_WRAPPERS.sub("", path))
+        for key in module._non_persistent_buffers_set if source else ():
+            if source._buffers.get(key) is not None:
+                module._buffers[key] = source._buffers[key].to(module._buffers[key].device)
+    print_once(f"{name} is in {kind}: a float32 copy of it is used, and the model that was passed stays as it is.")
+    return own
+
+
+# What peft puts into the path of a module that it wraps.
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
+
+
+def frozen_view(model: Any) -> Any:
+    """A model's weights in modules of our own, frozen and in evaluation mode; the one given stays as it is.
+
+    The weights are shared, so this takes no memory. Neither a mode, a flag nor a device that is set on the view reaches
+    the model.
+    """
+    quantized = {id(p) for p in model.parameters() if type(p) is not nn.Parameter}
+    shared: dict[int, Any] = {
+        id(p): p if id(p) in quantized else nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
+    }
+    for module in model.modules():
+        if id(getattr(module, "weight", None)) in quantized:
+            scales = (vars(module).get("quant_state"), vars(module).get("state"))
+            shared |= {id(part): part for part in scales if part is not None}
+    return copy.deepcopy(model, shared).eval()
+
+
+def check_not_trained(ref_model: nn.Module, policy: Any) -> None:
+    """Refuse a reference that would move with the policy.
+
+    Raises:
+        ValueError: They share a weight that is trained.
+    """
+    trained = {p.data_ptr(): name for name, p in policy.named_parameters() if p.requires_grad and p.numel()}
+    shared = next((trained[p.data_ptr()] for p in ref_model.parameters() if p.data_ptr() in trained), None)
+    if shared is not None:
+        raise ValueError(
+            f"ref_model shares {shared} with the policy, which trains it. Leave ref_model out, and the reference is the "
+            f"policy as it is now; or give the reference as a model of its own, not the policy itself."
+        )
+
+
 def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None" = None) -> nn.Module:
     """The policy: loaded if named, float32, with a fresh adapter if ``peft_config`` is given.
 
-    The name may be that of an adapter, which is then trained on; with ``peft_config``, it is merged first.
+    The name may be that of an adapter, which is then trained on; with ``peft_config``, it is merged first. A model that
+    is passed in another type stays as it is, and a float32 copy of it is the policy.
 
     Raises:
         OSError: The model cannot be loaded.
@@ -47,7 +139,7 @@ def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None"
     policy = _load_named(str(model), merge=peft_config is not None) if isinstance(model, str | Path) else model
     if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
         raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
-    policy = policy.float()
+    policy = as_float32(policy, "model")
     if peft_config is not None:
         return add_adapter(policy, peft_config)
     check_adapter(policy)
@@ -63,9 +155,3 @@ def _load_named(name: str, *, merge: bool) -> PreTrainedModel:
     what = "merged into it, and a new one is trained" if merge else "trained on"
     print_once(f"Adapter: {name!r} on the base model {base!r}, {what}.")
     return policy
-
-
-def print_once(line: str) -> None:
-    """Print on the main process alone."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
-        print(line, flush=True)
