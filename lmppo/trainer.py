@@ -54,7 +54,7 @@ class PPOTrainer:
     """Token-level PPO with a critic for a causal language model.
 
     Args:
-        model: Hub id or directory of the policy, or the model itself (also with a peft adapter).
+        model: Hub id or directory of the policy or of an adapter to go on with, or the model itself (also a PeftModel).
         reward_funcs: One or several reward functions in trl's protocol, or names of one-label classifiers.
         args: The configuration.
         train_dataset: Rows with a ``prompt`` (text, chat messages or token ids); the reward functions get the other
@@ -62,7 +62,7 @@ class PPOTrainer:
         eval_dataset: The same, for :meth:`evaluate`.
         processing_class: The policy's tokenizer; loaded from the model's name if not given.
         reward_processing_classes: Tokenizers of the reward models.
-        peft_config: Train an adapter; the reference is then the same model with the adapter off.
+        peft_config: Train a fresh adapter.
         ref_model: The reference, if it is not the policy as it is now.
         critic: None: a value head on the policy's trunk. Otherwise a token-classification model, or a model's name.
         callbacks: transformers callbacks, or their classes.
@@ -111,8 +111,7 @@ class PPOTrainer:
         if isinstance(ref_model, str):
             ref_model = load_policy(ref_model)
         self.reference = Reference(policy, ref_model)
-        # A trained adapter that the user brings differs from the reference before any step; anything else may not.
-        self._kl_starts_at_zero = ref_model is None and (peft_config is not None or not hasattr(policy, "peft_config"))
+        self._kl_starts_at_zero = ref_model is None
         self._first_ratio_checked = False
 
         # The rewards.

@@ -1,7 +1,14 @@
 """The models: policy and critic in one module, split into trunk and heads; the frozen reference; loading them."""
 
 from lmppo.models.actor_critic import HEADS, ActorCritic, score_tokens
-from lmppo.models.language_model import LanguageModel, States, inputs_of, position_ids_of, takes_position_ids
+from lmppo.models.language_model import (
+    LanguageModel,
+    States,
+    inputs_of,
+    position_ids_of,
+    takes_position_ids,
+    vocab_size_of,
+)
 from lmppo.models.loading import load_policy, load_weights
 from lmppo.models.recomputation import recomputing
 from lmppo.models.reference import Reference
@@ -19,4 +26,5 @@ __all__ = [
     "recomputing",
     "score_tokens",
     "takes_position_ids",
+    "vocab_size_of",
 ]

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from lmppo.models.actor_critic import ActorCritic
+from lmppo.models.language_model import vocab_size_of
 from lmppo.models.loading import as_float32, is_quantized, load_weights, print_once
 from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.settings import AdvantageSettings
@@ -145,7 +146,7 @@ def _checked(critic: Any, policy: CausalLM, n_streams: int, match: _Match) -> Pr
     """The critic, if its labels and the size of its vocabulary fit."""
     if getattr(critic.config, "num_labels", None) != n_streams:
         raise ValueError(f"critic has {critic.config.num_labels} labels; expected {n_streams}, one per reward stream.")
-    n_vocab, n_policy = critic.get_input_embeddings().num_embeddings, policy.get_input_embeddings().num_embeddings
+    n_vocab, n_policy = vocab_size_of(critic), vocab_size_of(policy)
     if n_vocab < n_policy:
         raise ValueError(
             f"critic knows {n_vocab} tokens and the policy {n_policy}: they must share the tokenizer. Train the "

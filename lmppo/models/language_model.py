@@ -130,3 +130,8 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
         del module.forward
         if own is not None:
             module.forward = own
+
+
+def vocab_size_of(model: Any) -> int:
+    """The number of rows of a model's embedding of tokens, also within what an adapter wraps around it."""
+    return int(model.get_input_embeddings().weight.shape[0])

@@ -10,6 +10,8 @@ from torch import distributed, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from lmppo.models.adapters import add_adapter, base_of_adapter, check_adapter, load_adapter
+
 if TYPE_CHECKING:
     from peft import PeftConfig
 
@@ -126,27 +128,30 @@ def check_not_trained(ref_model: nn.Module, policy: Any) -> None:
 def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None" = None) -> nn.Module:
     """The policy: loaded if named, float32, with a fresh adapter if ``peft_config`` is given.
 
-    A model that is passed in another type stays as it is, and a float32 copy of it is the policy.
+    The name may be that of an adapter, which is then trained on; with ``peft_config``, it is merged first. A model that
+    is passed in another type stays as it is, and a float32 copy of it is the policy.
 
     Raises:
         OSError: The model cannot be loaded.
-        ValueError: An adapter is asked for on a model that has one, or starts from something other than the identity.
+        ValueError: An adapter is asked for on a model that has one, or its method is one that lmppo does not support.
         TypeError: ``model`` is neither a name nor a model that can generate.
     """
-    policy = load_weights(AutoModelForCausalLM, str(model)) if isinstance(model, str | Path) else model
+    policy = _load_named(str(model), merge=peft_config is not None) if isinstance(model, str | Path) else model
     if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
         raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
     policy = as_float32(policy, "model")
-    if peft_config is None:
-        return policy
-    from peft import PeftModel, get_peft_model
+    if peft_config is not None:
+        return add_adapter(policy, peft_config)
+    check_adapter(policy)
+    return policy
 
-    if isinstance(policy, PeftModel):
-        raise ValueError("model has an adapter already: leave peft_config out to go on training that one.")
-    starts_changed = getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian", "orthogonal")
-    if starts_changed:
-        raise ValueError(
-            f"init_lora_weights={peft_config.init_lora_weights!r} changes the base weights, so the model with its "
-            f"adapter off would not be the reference: use True or 'gaussian'."
-        )
-    return get_peft_model(policy, peft_config, autocast_adapter_dtype=False)
+
+def _load_named(name: str, *, merge: bool) -> PreTrainedModel:
+    """A model, or an adapter on its base; ``merge``: the adapter merged into it, so that a new one can follow."""
+    base = base_of_adapter(name)
+    if base is None:
+        return load_weights(AutoModelForCausalLM, name)
+    policy = load_adapter(load_weights(AutoModelForCausalLM, base), name, merge=merge)
+    what = "merged into it, and a new one is trained" if merge else "trained on"
+    print_once(f"Adapter: {name!r} on the base model {base!r}, {what}.")
+    return policy
