@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 
 from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3
-from lmppo.models import ActorCritic, Reference, score_tokens
+from lmppo.models import ActorCritic, Reference, compute_precision, score_tokens
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
 from lmppo.protocols import Tokenizer
 from lmppo.records import Rollout, Samples, Tokens
@@ -85,6 +85,7 @@ class Collector:
         self.params = params
         self.config = config
         self.accelerator = accelerator
+        self.precision = compute_precision(self.actor_critic.policy, accelerator.mixed_precision)
         self.trainer_state = trainer_state
 
     def collect(self, prompts: PromptBatch, iteration: int, *, purpose: int = ROLLOUT) -> ScoredRollout:
@@ -107,7 +108,7 @@ class Collector:
         noise = uniform_noise(self.config.seed, iteration, rows, self.params.max_completion_length, purpose=purpose)
         with self.accelerator.autocast():
             samples = sample(self.actor_critic, prompt_ids, prompt_mask, noise, self.params)
-            if self.accelerator.mixed_precision != "no":  # the sampler's matrix shapes round differently
+            if self.precision != "no":  # the sampler's matrix shapes round differently
                 samples = replace(samples, logprobs=self._score_tokens(self.actor_critic.logits, samples))
             ref_logprobs = self._score_tokens(self.reference.logits, samples)
             kl_penalty = self._kl_penalty(samples, ref_logprobs)

@@ -23,8 +23,9 @@ from lmppo.functional import approx_kl
 from lmppo.launch import make_accelerator
 from lmppo.loss import Penalties
 from lmppo.metrics import critic_metrics, rollout_metrics
-from lmppo.models import ActorCritic, Reference, load_policy
+from lmppo.models import ActorCritic, Reference, compute_precision, load_policy
 from lmppo.models.critics import make_actor_critic
+from lmppo.models.quantized import check_trainable
 from lmppo.models.recomputation import prepare_recomputation
 from lmppo.optimizer import make_optimizer, set_learning_rates
 from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
@@ -107,6 +108,7 @@ class PPOTrainer:
         # The models.
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
         policy: Any = load_policy(model, peft_config).to(device)
+        check_trainable(policy, self.args.objective)
         self.processing_class = processing_class or load_tokenizer(policy.config._name_or_path)
         if isinstance(ref_model, str):
             ref_model = load_policy(ref_model)
@@ -278,7 +280,8 @@ class PPOTrainer:
     def _tolerance(self, rollout: Rollout) -> float:
         """What rounding can make of a log-probability of this rollout."""
         largest = rollout.max_logit.max().item()
-        return self.args.step_zero_tolerance or rounding_tolerance(largest, self.accelerator.mixed_precision)
+        precision = compute_precision(self.actor_critic.policy, self.accelerator.mixed_precision)
+        return self.args.step_zero_tolerance or rounding_tolerance(largest, precision)
 
     def _finish_step(self, row: dict[str, float], scored: ScoredRollout) -> dict[str, float]:
         """Count the iteration, evaluate if it is time, and log."""

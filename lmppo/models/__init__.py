@@ -10,6 +10,7 @@ from lmppo.models.language_model import (
     vocab_size_of,
 )
 from lmppo.models.loading import load_policy, load_weights
+from lmppo.models.quantized import compute_precision
 from lmppo.models.recomputation import recomputing
 from lmppo.models.reference import Reference
 
@@ -19,6 +20,7 @@ __all__ = [
     "LanguageModel",
     "Reference",
     "States",
+    "compute_precision",
     "inputs_of",
     "load_policy",
     "load_weights",

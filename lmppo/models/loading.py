@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lmppo.models.adapters import add_adapter, base_of_adapter, check_adapter, load_adapter
+from lmppo.models.quantized import check_quantized, is_quantized, keep_weights, quantized_layers
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -43,11 +44,6 @@ def print_once(line: str) -> None:
         print(line, flush=True)
 
 
-def is_quantized(model: Any) -> bool:
-    """Whether some of a model's weights are no plain numbers, so that it cannot be cast."""
-    return getattr(plain_model(model), "hf_quantizer", None) is not None
-
-
 def plain_model(model: Any) -> Any:
     """The model without its adapter's wrapper; the adapter's layers stay in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -64,8 +60,9 @@ def as_float32(model: Any, name: str) -> Any:
         name: What it was passed as, for the line.
 
     Raises:
-        ValueError: Its class cannot be built from its configuration.
+        ValueError: Its class cannot be built from its configuration, or it is quantized in a way that is not supported.
     """
+    check_quantized(model, name)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
     if not dtypes or is_quantized(model):
         return model
@@ -99,15 +96,13 @@ def frozen_view(model: Any) -> Any:
     The weights are shared, so this takes no memory. Neither a mode, a flag nor a device that is set on the view reaches
     the model.
     """
-    quantized = {id(p) for p in model.parameters() if type(p) is not nn.Parameter}
-    shared: dict[int, Any] = {
-        id(p): p if id(p) in quantized else nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
-    }
-    for module in model.modules():
-        if id(getattr(module, "weight", None)) in quantized:
-            scales = (vars(module).get("quant_state"), vars(module).get("state"))
-            shared |= {id(part): part for part in scales if part is not None}
-    return copy.deepcopy(model, shared).eval()
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    for layer in quantized_layers(model):
+        parts = (layer.weight, getattr(layer, "quant_state", None), getattr(layer, "state", None))
+        shared |= {id(part): part for part in parts if part is not None}
+    own = copy.deepcopy(model, shared).eval()
+    keep_weights(own)
+    return own
 
 
 def check_not_trained(ref_model: nn.Module, policy: Any) -> None:
@@ -140,6 +135,7 @@ def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None"
     if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
         raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
     policy = as_float32(policy, "model")
+    keep_weights(policy)
     if peft_config is not None:
         return add_adapter(policy, peft_config)
     check_adapter(policy)
@@ -151,7 +147,13 @@ def _load_named(name: str, *, merge: bool) -> PreTrainedModel:
     base = base_of_adapter(name)
     if base is None:
         return load_weights(AutoModelForCausalLM, name)
-    policy = load_adapter(load_weights(AutoModelForCausalLM, base), name, merge=merge)
+    model = load_weights(AutoModelForCausalLM, base)
+    if merge and is_quantized(model):
+        raise ValueError(
+            f"The base {base!r} of the adapter {name!r} is quantized, and merging would round the adapter away. Leave "
+            f"peft_config out to go on training this adapter."
+        )
+    policy = load_adapter(model, name, merge=merge)
     what = "merged into it, and a new one is trained" if merge else "trained on"
     print_once(f"Adapter: {name!r} on the base model {base!r}, {what}.")
     return policy

@@ -23,6 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lmppo.models import ActorCritic, load_weights
+from lmppo.models.loading import print_once
+from lmppo.models.quantized import is_quantized
 from lmppo.protocols import Tokenizer
 
 FORMAT_VERSION = 2  # of run directories and their checkpoints: 2 since kl_form
@@ -87,9 +89,15 @@ def _save_critic(model: ActorCritic, directory: Path) -> None:
 
 
 def export_model(model: ActorCritic, directory: Path, tokenizer: Tokenizer) -> None:
-    """The policy as a plain Hugging Face model (an adapter merged, and kept in ``adapter/``), tokenizer, critic."""
+    """The policy as a plain Hugging Face model (an adapter merged, and kept in ``adapter/``), tokenizer, critic.
+
+    Of a policy whose base is quantized, the adapter alone: merging would round it to the base's few bits.
+    """
     if hasattr(model.policy, "peft_config"):
         model.policy.save_pretrained(directory / "adapter")
+    if is_quantized(model.policy):
+        print_once("Export: the adapter alone, in adapter/; it cannot be merged, as its base is quantized.")
+    elif hasattr(model.policy, "peft_config"):
         copy.deepcopy(model.policy).merge_and_unload().save_pretrained(directory)
     else:
         model.policy.save_pretrained(directory)
