@@ -186,7 +186,7 @@ def test_gradients_are_those_of_a_plain_model_of_the_same_weights(saved, tmp_pat
 
 @pytest.mark.parametrize("family, kind", [("llama", kind) for kind in KINDS] + [("gpt2", "nf4"), ("gpt2", "int8")])
 def test_qlora_trains_and_leaves_the_base_as_it_is(saved, tmp_path, family, kind):
-    base = load(saved / family, kind)
+    base = load(saved / family, kind).train()
     before = base_facts(base)
     trainer = make_trainer(tmp_path, model=base, peft_config=lora(family), gradient_checkpointing=kind == "nf4")
     started = weights(trainer)
@@ -198,6 +198,21 @@ def test_qlora_trains_and_leaves_the_base_as_it_is(saved, tmp_path, family, kind
     assert {n for n in moved if "lora" not in n} == {"value_head.weight", "value_head.bias"}
     assert any("lora_A" in n for n in moved) and any("lora_B" in n for n in moved)
     assert_same_base(trainer.actor_critic.policy, before)
+    assert_same_base(base, before)
+    assert base.training and not any("lora" in name for name, _ in base.named_modules()), "the adapter is on a view"
+    own = {p.data_ptr() for p in trainer.actor_critic.policy.parameters()}
+    assert {layer.weight.data_ptr() for layer in quantized_layers(base)} <= own, "shared, not copied"
+
+
+def test_biases_that_are_trained_are_not_those_of_the_passed_base(saved, tmp_path):
+    base = load(saved / "gpt2")
+    before = base_facts(base)
+    trainer = make_trainer(tmp_path, model=base, peft_config=lora("gpt2", bias="all"))
+    started = weights(trainer)
+    trainer.train()
+    name = "policy.base_model.model.transformer.h.0.attn.c_attn.base_layer.bias"
+    assert not torch.equal(weights(trainer)[name], started[name])
+    assert_same_base(base, before)
 
 
 def test_a_quantized_checkpoint_is_loaded_by_its_directory(saved, tmp_path):
@@ -209,8 +224,11 @@ def test_a_quantized_checkpoint_is_loaded_by_its_directory(saved, tmp_path):
 
 def test_a_model_prepared_by_peft_trains(saved, tmp_path):
     """prepare_model_for_kbit_training switches gradient checkpointing on and casts what is not quantized."""
-    trainer = make_trainer(tmp_path, model=prepare_model_for_kbit_training(load(saved / "llama")), peft_config=lora())
-    trainer.train()
+    base = load(saved / "llama")
+    for i in range(2):  # the first run leaves nothing behind
+        model = prepare_model_for_kbit_training(base)
+        make_trainer(tmp_path / str(i), model=model, peft_config=lora()).train()
+    assert metrics_rows(tmp_path / "0") == metrics_rows(tmp_path / "1")
 
 
 def test_a_run_is_resumed_and_its_checkpoint_holds_the_adapter_alone(saved, tmp_path):

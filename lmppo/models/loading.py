@@ -135,10 +135,21 @@ def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None"
     if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
         raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
     policy = as_float32(policy, "model")
+    if peft_config is not None and is_quantized(policy):
+        return _on_quantized(policy, peft_config)
     keep_weights(policy)
     if peft_config is not None:
         return add_adapter(policy, peft_config)
     check_adapter(policy)
+    return policy
+
+
+def _on_quantized(base: Any, peft_config: "PeftConfig") -> Any:
+    """A fresh adapter on a view of a quantized base, so that the model that was passed has none in it."""
+    policy = add_adapter(frozen_view(base), peft_config)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:  # of the base's own, such as biases
+            parameter.data = parameter.data.clone()
     return policy
 
 
