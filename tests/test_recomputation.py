@@ -118,7 +118,7 @@ def test_gradients_are_the_same_and_layers_run_twice(tmp_path, family, kind):
     assert any(gradient.any() for gradient in kept.values())
     if kind == "lora":
         assert {n for n in kept if "lora" in n} == {n for n, p in model.named_parameters() if "lora" in n}
-    assert not any(module.training for module in model.modules())
+    assert not any(module.training for module in model.policy.modules())
 
 
 @pytest.mark.parametrize("family", ["opt", "mixtral", "gpt_neox"])

@@ -50,10 +50,11 @@ def plain_model(model: Any) -> Any:
 
 
 def as_float32(model: Any, name: str) -> Any:
-    """The model itself if its weights are float32 or quantized; else a float32 copy of it, and a printed line.
+    """The model itself if it is in float32; else a float32 copy of it, and a printed line.
 
-    ``model.float()`` is not enough: tables that are not saved with the weights (the frequencies of rotary positions, the
-    scale of an embedding) have been rounded with them, and are computed anew from the configuration.
+    Layers that are quantized stay as they are, and what is around them is in float32. ``model.float()`` is not enough:
+    tables that are not saved with the weights (the frequencies of rotary positions, the scale of an embedding) have been
+    rounded with them, and are computed anew from the configuration.
 
     Args:
         model: A model of transformers, plain or with a peft adapter; it stays as it is.
@@ -63,11 +64,26 @@ def as_float32(model: Any, name: str) -> Any:
         ValueError: Its class cannot be built from its configuration, or it is quantized in a way that is not supported.
     """
     check_quantized(model, name)
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
-    if not dtypes or is_quantized(model):
+    quantized = {id(layer.weight) for layer in quantized_layers(model)}
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in quantized} - {torch.float32}
+    if not dtypes:
         return model
     kind = str(dtypes.pop()).removeprefix("torch.")
-    own = copy.deepcopy(model).float()
+    own = _view(model)
+    for parameter in own.parameters():
+        if id(parameter) not in quantized and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+    for module in own.modules():
+        floating = {key: b for key, b in module._buffers.items() if b is not None and b.is_floating_point()}
+        module._buffers |= {key: buffer.float() for key, buffer in floating.items()}
+    _compute_tables(own, name, kind)
+    what = "a copy whose other parts are float32" if quantized else "a float32 copy of it"
+    print_once(f"{name} is in {kind}: {what} is used, and the model that was passed stays as it is.")
+    return own
+
+
+def _compute_tables(own: Any, name: str, kind: str) -> None:
+    """Put what a model computes from its configuration in the place of what has been rounded."""
     base = plain_model(own)
     try:
         with no_init_weights():  # only the tables are used
@@ -82,8 +98,6 @@ def as_float32(model: Any, name: str) -> Any:
         for key in module._non_persistent_buffers_set if source else ():
             if source._buffers.get(key) is not None:
                 module._buffers[key] = source._buffers[key].to(module._buffers[key].device)
-    print_once(f"{name} is in {kind}: a float32 copy of it is used, and the model that was passed stays as it is.")
-    return own
 
 
 # What peft puts into the path of a module that it wraps.
@@ -96,11 +110,15 @@ def frozen_view(model: Any) -> Any:
     The weights are shared, so this takes no memory. Neither a mode, a flag nor a device that is set on the view reaches
     the model.
     """
-    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return _view(model).requires_grad_(False).eval()
+
+
+def _view(model: Any) -> Any:
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     for layer in quantized_layers(model):
         parts = (layer.weight, getattr(layer, "quant_state", None), getattr(layer, "state", None))
         shared |= {id(part): part for part in parts if part is not None}
-    own = copy.deepcopy(model, shared).eval()
+    own = copy.deepcopy(model, shared)
     keep_weights(own)
     return own
 

@@ -47,7 +47,7 @@ def check_quantized(model: Any, name: str) -> None:
 
 
 def check_trainable(policy: Any, objective: str) -> None:
-    """Refuse a quantized policy of which nothing is trained, or not as it must be.
+    """Refuse a quantized policy of which nothing can be trained, or not by this objective.
 
     Args:
         policy: Any policy, with its adapter; one that is not quantized passes.
@@ -66,16 +66,10 @@ def check_trainable(policy: Any, objective: str) -> None:
             "model has been run on this CPU, and bitsandbytes has rewritten its 4-bit weights for passes without "
             "gradients: load it anew, and do not run it before the trainer is built."
         )
-    for name, parameter in policy.named_parameters() if layers else ():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise ValueError(
-                f"{name} is to be trained in {str(parameter.dtype).removeprefix('torch.')}, in which small steps are lost: "
-                f"load the quantized base with dtype=torch.float32, or leave this module out of the adapter."
-            )
-    if objective == "trpo" and compute_precision(policy, "no") != "no":
+    if objective == "trpo" and compute_precision(policy) != "no":
         raise ValueError(
             "objective='trpo' differentiates twice and needs float32, in which the quantized model does not compute: load "
-            "it in 4 bits with dtype and bnb_4bit_compute_dtype torch.float32, or choose another objective."
+            "it in 4 bits with bnb_4bit_compute_dtype=torch.float32, or choose another objective."
         )
 
 
@@ -92,18 +86,20 @@ def keep_weights(model: nn.Module) -> None:
         )  # it warns in every pass of 8 bits
 
 
-def compute_precision(policy: nn.Module, mixed_precision: str) -> str:
-    """What a policy computes in, as accelerate names precisions: ``no`` (float32), ``bf16`` or ``fp16``.
+def compute_precision(model: nn.Module, mixed_precision: str = "no") -> str:
+    """What a model computes in, as accelerate names precisions: ``no`` (float32), ``bf16``, ``fp16`` or ``fp8``.
 
     Args:
-        policy: The policy; a quantized one may compute in less than float32 by itself. Layers of 8 bits round what they
-            read, to float16 and then to 8 bits for each row.
+        model: The model. One with weights of 16 bits, or a quantized one, computes in less than float32 by itself; layers
+            of 8 bits round what they read to 8 bits, so that the least difference may move it by one step.
         mixed_precision: That of the accelerator.
     """
-    layers = quantized_layers(policy)
-    if mixed_precision != "no" or not layers:
-        return mixed_precision
-    types = {p.dtype for p in policy.parameters()} | {getattr(layer, "compute_dtype", None) for layer in layers}
+    layers = quantized_layers(model)
+    quantized = {id(layer.weight) for layer in layers}
+    types: set[Any] = {p.dtype for p in model.parameters() if id(p) not in quantized}
+    types |= {getattr(layer, "compute_dtype", torch.int8) for layer in layers}
+    if torch.int8 in types:
+        return "fp8"
     if torch.bfloat16 in types:
         return "bf16"
-    return "fp16" if types & {torch.float16, torch.int8} else "no"
+    return "fp16" if torch.float16 in types else mixed_precision
