@@ -218,8 +218,8 @@ class PPOTrainer:
         prompts = self.prompts.next_batch(args.rollout_batch_size // args.num_generations, args.num_generations)
         scored = self.collector.collect(prompts, iteration)
         rollout, sampled = scored.rollout, time.perf_counter()
-        if iteration == 0 and self._kl_starts_at_zero:
-            check_kl_zero(rollout.kl_to_ref.abs().max().item(), self._tolerance(rollout))
+        if iteration == 0:
+            self._check_start(rollout)
 
         # 2. Put the KL to the reference into the reward.
         kl_coef = self.control.kl.coef
@@ -276,6 +276,14 @@ class PPOTrainer:
                 "policy_kl": approx_kl(new, experience.old_logprobs, experience.completion_mask).item(),
             }
         return stats
+
+    def _check_start(self, rollout: Rollout) -> None:
+        """Before the first step the KL to the reference is what the support makes of it, and no target is below that."""
+        if self._kl_starts_at_zero:
+            worst = (rollout.kl_to_ref - rollout.kl_of_support).abs().max().item()
+            check_kl_zero(worst, self._tolerance(rollout))
+        if self.accelerator.is_main_process:
+            self.control.check_target(rollout.kl_of_support.sum(dim=1).mean().item())
 
     def _tolerance(self, rollout: Rollout) -> float:
         """What rounding can make of a log-probability of this rollout."""

@@ -116,7 +116,9 @@ class LanguageModel:
             return states.logits
         assert states.hidden is not None
         with torch.autocast(states.hidden.device.type, enabled=False):
-            return self._head(self.trunk, widen(states.hidden))
+            weight = self.model.get_output_embeddings().weight
+            hidden = widen(states.hidden)
+            return self._head(self.trunk, hidden.to(weight.dtype) if weight.is_floating_point() else hidden)
 
     def _head(self, trunk: nn.Module, hidden: Tensor) -> Tensor:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)

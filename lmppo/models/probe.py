@@ -113,7 +113,7 @@ def find_first_position(
     Raises:
         UnsupportedModelError: None of them gives in a padded batch what it computes of each row alone.
     """
-    padding = model.config.get_text_config().pad_token_id
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     after_padding = [padding + 1] if isinstance(padding, int) and padding >= 0 else []
     candidates = [0, *after_padding, None] if takes_positions else [None]
     errors = []
