@@ -99,6 +99,7 @@ class LanguageModel:
         with torch.autocast(states.hidden.device.type, enabled=False):
             return self._head(self.trunk, widen(states.hidden))
 
+    @torch.compiler.disable  # it cannot follow a forward that is exchanged
     def _head(self, trunk: nn.Module, hidden: Tensor) -> Tensor:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with _answering(trunk, self._output_class(last_hidden_state=hidden)):
