@@ -1,6 +1,7 @@
 """peft adapters on the policy: which are right, loading and merging them, and what switching them off gives."""
 
 import contextlib
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lmppo.models.language_model import vocab_size_of
+from lmppo.models.names import parameters_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -49,7 +51,9 @@ def check_adapter(policy: Any) -> None:
 def _check_method(peft_config: "PeftConfig") -> None:
     method = str(getattr(peft_config.peft_type, "value", peft_config.peft_type))
     why = _NEEDS_MORE.get(method, "")
-    if peft_config.is_prompt_learning:
+    if getattr(peft_config, "alora_invocation_tokens", None) is not None:
+        why = "with alora_invocation_tokens depends on where these tokens are, which the cache of keys and values hides"
+    elif peft_config.is_prompt_learning:
         why = "puts states of its own before the prompt, for which peft drops the position ids that left padding needs"
     elif peft_config.is_adaption_prompt:
         why = "adds to attention in a way that neither the cache of keys and values nor merging supports"
@@ -121,6 +125,28 @@ def merge_adapter(policy: Any) -> Any:
         warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")  # untied by now
         warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
         return policy.merge_and_unload()
+
+
+def copy_to(policy: Any, device: str) -> Any:
+    """A copy on another device; nothing is copied on the device where the policy is."""
+    tensors: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to(device, copy=True), False) for p in policy.parameters()
+    }
+    tensors |= {id(buffer): buffer.to(device, copy=True) for buffer in policy.buffers()}
+    return copy.deepcopy(policy, tensors)
+
+
+def trained_beside(policy: Any) -> dict[str, nn.Parameter]:
+    """What is trained and is no part of the adapter as peft saves it."""
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(policy, adapter_name=policy.active_adapter, save_embedding_layers=False)
+    places = {(t.data_ptr(), t.shape) for t in saved.values()}
+    return {
+        name: parameter
+        for name, parameter in parameters_of(policy).items()
+        if parameter.requires_grad and (parameter.data_ptr(), parameter.shape) not in places
+    }
 
 
 def _untie_adapted(policy: nn.Module) -> None:

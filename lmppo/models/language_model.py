@@ -120,6 +120,7 @@ class LanguageModel:
             hidden = widen(states.hidden)
             return self._head(self.trunk, hidden.to(weight.dtype) if weight.is_floating_point() else hidden)
 
+    @torch.compiler.disable  # it cannot follow a forward that is exchanged
     def _head(self, trunk: nn.Module, hidden: Tensor) -> Tensor:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with _answering(trunk, self._output_class(last_hidden_state=hidden)):
