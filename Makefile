@@ -13,9 +13,9 @@ BIN := $(VENV)/bin
 
 # The environments of `make demo` and `make test`.
 EXTRAS_demo := data,plots
-EXTRAS_test := data,plots,train,tracking,dev
+EXTRAS_test := data,plots,train,tracking,quantized,dev
 
-.PHONY: demo test setup lint types format clean
+.PHONY: demo test families setup lint types format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml recipes/ppo_sentiment.py \
@@ -23,6 +23,9 @@ demo: $(VENV)/.installed-demo
 
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+families: $(VENV)/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/families/sweep.py --markdown docs/models.md
 
 setup: $(VENV)/.installed-test
 

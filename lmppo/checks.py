@@ -49,10 +49,11 @@ def check_first_ratio(stats: dict[str, float], tolerance: float) -> None:
 
 
 def check_kl_zero(worst: float, tolerance: float) -> None:
-    """Before any update the policy is the reference, and every token's KL is 0.
+    """Before any update the policy is the reference, and every token's KL is what its support makes it: 0 without one.
 
     Args:
-        worst: The largest |log-ratio| of policy and reference on a token.
+        worst: The largest |log-ratio of policy and reference + log of the kept mass| on a token; the kept mass is the
+            probability of the tokens that top-k, top-p and min-p leave, 1 without them.
         tolerance: The largest one allowed.
 
     Raises:
@@ -84,6 +85,32 @@ def check_logits(logits: Tensor, rows: Tensor) -> None:
     broken = rows[~logits.amax(dim=-1).isfinite()].tolist()
     if broken:
         raise NonFiniteError(f"The policy's logits are not finite in rows {broken[:8]} of this process's batch.")
+
+
+def check_reference(ref_logprobs: Tensor, kl: Tensor, completion_ids: Tensor) -> None:
+    """The reference gives every token that was sampled a probability above 0, and the KL to it is finite.
+
+    Args:
+        ref_logprobs: ``(B, T)`` under the reference, 0 where no token counts.
+        kl: ``(B, T)`` the KL to it per token, by the configured estimator, 0 where no token counts.
+        completion_ids: ``(B, T)``.
+
+    Raises:
+        NonFiniteError: Names the first row and its token.
+    """
+    broken = (~(ref_logprobs.isfinite() & kl.isfinite())).nonzero().tolist()
+    if not broken:
+        return
+    row, t = broken[0]
+    logprob = ref_logprobs[row, t].item()
+    what = f"has the log-probability {logprob} under the reference"
+    if math.isfinite(logprob):
+        what = "was sampled where the reference gives probability 0 to another token that could be sampled"
+    raise NonFiniteError(
+        f"Row {row} of the batch: its token {t} (counted from 0), with the id {int(completion_ids[row, t])}, {what}, so "
+        f"the KL to the reference is not finite (tokens like it in the batch: {len(broken)}). The reference must give "
+        f"every token that can be sampled a probability above 0: use a ref_model whose logits are finite."
+    )
 
 
 def check_gradients(

@@ -4,7 +4,6 @@ Every process samples and scores its own rows; the record is then gathered, so t
 and the math after it (advantages, whitening, metrics) is the same everywhere and needs no further communication.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +12,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 
-from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3
-from lmppo.models import ActorCritic, Reference, score_tokens
+from lmppo.checks import check_reference
+from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3, support_logprobs, token_logprobs
+from lmppo.functional.kl import ALL_TOKENS
+from lmppo.models import ActorCritic, Reference, compute_precision, score_tokens
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
 from lmppo.protocols import Tokenizer
 from lmppo.records import Rollout, Samples, Tokens
@@ -85,6 +86,7 @@ class Collector:
         self.params = params
         self.config = config
         self.accelerator = accelerator
+        self.precision = compute_precision(self.actor_critic.policy, accelerator.mixed_precision)
         self.trainer_state = trainer_state
 
     def collect(self, prompts: PromptBatch, iteration: int, *, purpose: int = ROLLOUT) -> ScoredRollout:
@@ -98,7 +100,7 @@ class Collector:
         Raises:
             RewardError: A reward function raised; on every process, whichever it happened on.
             ValueError: A reward function returned something unusable; likewise.
-            NonFiniteError: The policy's logits are not finite.
+            NonFiniteError: The policy's logits are not finite, or the KL to the reference is not.
         """
         rows = local_rows(len(prompts), self.accelerator)
         width = max(len(ids) for ids in prompts.input_ids)
@@ -107,25 +109,24 @@ class Collector:
         noise = uniform_noise(self.config.seed, iteration, rows, self.params.max_completion_length, purpose=purpose)
         with self.accelerator.autocast():
             samples = sample(self.actor_critic, prompt_ids, prompt_mask, noise, self.params)
-            if self.accelerator.mixed_precision != "no":  # the sampler's matrix shapes round differently
-                samples = replace(samples, logprobs=self._score_tokens(self.actor_critic.logits, samples))
-            ref_logprobs = self._score_tokens(self.reference.logits, samples)
-            kl_penalty = self._kl_penalty(samples, ref_logprobs)
+            if self.precision != "no":  # the sampler's matrix shapes round differently
+                samples = replace(samples, logprobs=self._score_tokens(samples))
+            under_reference = self._under_reference(samples)
             bootstrap_values = self._bootstrap_values(samples)
         scores = self._score(own_prompts, samples)
         rollout = Rollout(
             tokens=samples.tokens,
             logprobs=samples.logprobs,
-            ref_logprobs=ref_logprobs,
+            **under_reference,
             values=samples.values,
             scores=scores.token_scores.to(self.accelerator.device),
-            kl_penalty=kl_penalty,
             bootstrap_values=bootstrap_values,
             ended=samples.ended,
             max_logit=samples.max_logit,
             support=self._compact(samples),
         )
         rollout = gather_rows(rollout, self.accelerator)
+        check_reference(rollout.ref_logprobs, rollout.kl_penalty, rollout.tokens.completion_ids)
         return ScoredRollout(
             rollout=rollout,
             prompts=prompts.prompts,
@@ -136,21 +137,31 @@ class Collector:
             extras=_join([scores.extras], self.accelerator),
         )
 
-    def _score_tokens(self, logits_of: Callable[[Tokens], Tensor], samples: Samples) -> Tensor:
-        return score_tokens(logits_of, samples, self.params.temperature, self.config.micro_batch_size)
+    def _score_tokens(self, samples: Samples) -> Tensor:
+        return score_tokens(self.actor_critic.logits, samples, self.params.temperature, self.config.micro_batch_size)
 
     @torch.no_grad()
-    def _kl_penalty(self, samples: Samples, ref_logprobs: Tensor) -> Tensor:
-        """``(B, T)`` the KL to the reference per token, by the configured estimator; the exact one by micro-batches."""
-        if self.config.kl_measure != "exact":
-            estimator = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}[self.config.kl_measure]
-            return torch.where(samples.completion_mask, estimator(samples.logprobs, ref_logprobs), 0.0)
+    def _under_reference(self, samples: Samples) -> dict[str, Tensor]:
+        """``ref_logprobs``, ``ref_support_logprobs`` and ``kl_penalty`` of a rollout, from one pass of the reference.
 
-        def exact(micro: Samples) -> Tensor:
-            logits, ref_logits = self.actor_critic.logits(micro.tokens), self.reference.logits(micro.tokens)
-            return exact_kl(logits, ref_logits, temperature=self.params.temperature, support=micro.support.allowed())
+        The reference is its softmax over all tokens, at the policy's temperature; only the policy has a support.
+        """
+        temperature, measure = self.params.temperature, self.config.kl_measure
 
-        return samples.per_token(exact, micro_batch_size=self.config.micro_batch_size)
+        def measured(micro: Samples) -> dict[str, Tensor]:
+            ref_logits, support = self.reference.logits(micro.tokens), micro.support.allowed()
+            ref_logprobs = token_logprobs(ref_logits, micro.tokens.completion_ids, temperature=temperature)
+            of_support = support_logprobs(ref_logits, temperature=temperature, support=support)
+            if measure == "exact":
+                logits = self.actor_critic.logits(micro.tokens)
+                kl = exact_kl(logits, ref_logits, temperature=temperature, support=support, ref_support=ALL_TOKENS)
+            elif measure == "k3":
+                kl = kl_k3(micro.logprobs, ref_logprobs, ref_support_logprobs=of_support)
+            else:
+                kl = {"k1": kl_k1, "k2": kl_k2}[measure](micro.logprobs, ref_logprobs)
+            return {"ref_logprobs": ref_logprobs, "ref_support_logprobs": of_support, "kl_penalty": kl}
+
+        return samples.all_per_token(measured, micro_batch_size=self.config.micro_batch_size)
 
     @torch.no_grad()
     def _bootstrap_values(self, samples: Samples) -> Tensor:

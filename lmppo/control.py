@@ -1,6 +1,7 @@
 """What adapts from one iteration to the next: the coefficients of the two KL penalties, and the critic's warm-up."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +157,21 @@ class Control:
     def policy_frozen(self) -> bool:
         """Whether only the critic learns now."""
         return not self.warmup.over
+
+    def check_target(self, support_cost: float) -> None:
+        """Warn of a ``kl_target`` that is below what top-k, top-p or min-p cost before the first step.
+
+        Args:
+            support_cost: That part of ``kl_to_ref``, in nats per completion.
+        """
+        if isinstance(self.kl, AdaptiveKL) and self.kl.target < support_cost:
+            warnings.warn(
+                f"kl_target={self.kl.target} is below {support_cost:.3g} nats per completion, which leaving out tokens "
+                f"(top_k, top_p, min_p) costs before the first step, when the policy is still the reference. No kl_coef "
+                f"brings kl_to_ref down to the target, and the controller would raise it forever: set kl_target above "
+                f"{support_cost:.3g}, or leave out fewer tokens.",
+                stacklevel=2,
+            )
 
     def update(self, row: dict[str, float], n_completions: int) -> None:
         """Adapt to what an iteration measured; beta only where the policy moved and its KL was measured.

@@ -25,6 +25,7 @@ from lmppo.functional import (
     token_logprobs_and_entropy,
     token_mean_loss,
 )
+from lmppo.functional.kl import ALL_TOKENS
 from lmppo.models import HEADS, Reference
 from lmppo.records import Experience
 from lmppo.settings import LossSettings
@@ -159,6 +160,8 @@ def reference_kl(
 ) -> Tensor:
     """``(B, T)`` the KL to the reference as a term of the loss, by the configured estimator; 0 where the mask is False.
 
+    It is that of the distribution that is sampled, over its support, to the reference's over all tokens; the support
+    stays that of the rollout.
     ``exact`` is differentiable over the whole vocabulary: the gradient of each state's own KL, without sampling noise.
     As a loss, ``k2`` has the same expected gradient on the policy's own samples.
 
@@ -172,7 +175,10 @@ def reference_kl(
     if config.kl_measure == "exact":
         assert penalties.reference is not None
         ref_logits = penalties.reference.logits(micro.tokens)
-        kl = exact_kl(logits, ref_logits, temperature=config.temperature, support=micro.support.allowed())
+        support = micro.support.allowed()
+        kl = exact_kl(logits, ref_logits, temperature=config.temperature, support=support, ref_support=ALL_TOKENS)
+    elif config.kl_measure == "k3":
+        kl = kl_k3(logprobs, micro.ref_logprobs, ref_support_logprobs=micro.ref_support_logprobs)
     else:
-        kl = {"k2": kl_k2, "k3": kl_k3}[config.kl_measure](logprobs, micro.ref_logprobs)
+        kl = kl_k2(logprobs, micro.ref_logprobs)
     return torch.where(micro.completion_mask, kl, 0.0)

@@ -93,11 +93,21 @@ class TokenRecord(Record):
             compute: From a micro-batch of b rows and t columns to ``(b, t)``.
             micro_batch_size: Rows at a time.
         """
-        result = torch.zeros(self.completion_mask.shape, device=self.completion_mask.device)
+        named = self.all_per_token(lambda micro: {"": compute(micro)}, micro_batch_size=micro_batch_size)
+        return named[""]
+
+    def all_per_token(
+        self, compute: Callable[[Self], dict[str, Tensor]], *, micro_batch_size: int
+    ) -> dict[str, Tensor]:
+        """Several numbers per token, by name, computed together; else as :meth:`per_token`."""
+        mask = self.completion_mask
+        results: dict[str, Tensor] = {}
         for rows, micro in self.micro_batches(micro_batch_size):
-            numbers = compute(micro)
-            result[rows, : numbers.shape[1]] = torch.where(micro.completion_mask, numbers, 0.0)
-        return result
+            for name, numbers in compute(micro).items():
+                if name not in results:
+                    results[name] = torch.zeros(mask.shape, device=mask.device)
+                results[name][rows, : numbers.shape[1]] = torch.where(micro.completion_mask, numbers, 0.0)
+        return results
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,9 @@ class Rollout(TokenRecord):
         tokens: The prompts and completions.
         support: The tokens that could be sampled (top-k, top-p, min-p).
         logprobs: ``(B, T)`` of each token under the policy that sampled it.
-        ref_logprobs: ``(B, T)`` under the reference.
+        ref_logprobs: ``(B, T)`` under the reference, whose distribution is over all tokens, whatever the support.
+        ref_support_logprobs: ``(B, T)`` log of the probability that the reference gives to the support; 0 where every
+            token could be sampled.
         values: ``(B, T, K)`` the critic's value of the state each token was chosen in.
         scores: ``(B, T, K)`` what the reward functions gave, before any KL penalty: a score for the whole completion
             stands on its last token.
@@ -132,6 +144,7 @@ class Rollout(TokenRecord):
 
     logprobs: Tensor = axes("B T")
     ref_logprobs: Tensor = axes("B T")
+    ref_support_logprobs: Tensor = axes("B T")
     values: Tensor = axes("B T K")
     scores: Tensor = axes("B T K")
     kl_penalty: Tensor = axes("B T")
@@ -144,6 +157,15 @@ class Rollout(TokenRecord):
         """``(B, T)`` k1 estimate per token, ``logprobs - ref_logprobs``, 0 where the mask is False."""
         return torch.where(self.completion_mask, self.logprobs - self.ref_logprobs, 0.0)
 
+    @property
+    def kl_of_support(self) -> Tensor:
+        """``(B, T)`` the part of the KL to the reference that top-k, top-p and min-p alone make, 0 or more.
+
+        It is minus the log of the reference's probability of the support: what is left of ``kl_to_ref`` before the
+        first step, where the policy is the reference.
+        """
+        return torch.where(self.completion_mask, -self.ref_support_logprobs, 0.0)
+
 
 @dataclass(frozen=True)
 class Experience(TokenRecord):
@@ -154,6 +176,7 @@ class Experience(TokenRecord):
         support: The tokens that could be sampled.
         old_logprobs: ``(B, T)`` under the policy that sampled the tokens.
         ref_logprobs: ``(B, T)`` under the reference.
+        ref_support_logprobs: ``(B, T)`` log of the probability that the reference gives to the support.
         old_values: ``(B, T, K)`` the critic before the update.
         advantages: ``(B, T)`` weight of each token in the policy's gradient.
         returns: ``(B, T, K)`` the critic's targets.
@@ -161,6 +184,7 @@ class Experience(TokenRecord):
 
     old_logprobs: Tensor = axes("B T")
     ref_logprobs: Tensor = axes("B T")
+    ref_support_logprobs: Tensor = axes("B T")
     old_values: Tensor = axes("B T K")
     advantages: Tensor = axes("B T")
     returns: Tensor = axes("B T K")
@@ -183,6 +207,7 @@ class Experience(TokenRecord):
             support=rollout.support,
             old_logprobs=rollout.logprobs,
             ref_logprobs=rollout.ref_logprobs,
+            ref_support_logprobs=rollout.ref_support_logprobs,
             old_values=rollout.values,
             advantages=advantages,
             returns=returns,

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lmppo.checks import check_logits
 from lmppo.functional import token_logprobs
-from lmppo.models import ActorCritic, position_ids_of, takes_position_ids
+from lmppo.models import ActorCritic
 from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.records import Samples, Tokens
 from lmppo.settings import SamplingSettings
@@ -142,7 +141,7 @@ def sample(
     support = Support.of_all(n_rows, n_time, device)
     eos = torch.tensor(params.eos_token_ids, dtype=torch.long, device=device)
 
-    decoder = _Decoder(model, prompt_ids, prompt_mask)
+    decoder = model.decoder(prompt_ids, prompt_mask)
     alive = torch.arange(n_rows, device=device)
     for t in range(n_time):
         logits = decoder.logits
@@ -177,42 +176,3 @@ def sample(
 def _largest(logits: Tensor) -> Tensor:
     """``(B,)`` the largest |logit| of each row, tokens that the model rules out (-inf) left aside."""
     return logits.float().masked_fill(logits == float("-inf"), 0.0).abs().amax(dim=-1)
-
-
-class _Decoder:
-    """The policy's KV cache, fed one token per row at a time; rows can be dropped.
-
-    Attributes:
-        logits: ``(B, V)`` of the next token.
-        hidden: ``(B, H)`` last hidden state.
-    """
-
-    def __init__(self, model: ActorCritic, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
-        self.language_model = model.language_model
-        self.wants_positions = takes_position_ids(model.policy)
-        self.cache = DynamicCache(config=model.policy.config)
-        self.attention_mask = prompt_mask.long()
-        self._forward(prompt_ids, position_ids_of(prompt_mask))
-
-    def feed(self, token: Tensor) -> None:
-        """Append one token per row, ``(B,)``."""
-        position = self.attention_mask.sum(dim=1, keepdim=True)
-        self.attention_mask = torch.cat([self.attention_mask, torch.ones_like(position)], dim=1)
-        self._forward(token[:, None], position)
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, ``(B,)`` bool."""
-        self.cache.batch_select_indices(rows.nonzero()[:, 0])
-        self.attention_mask = self.attention_mask[rows]
-
-    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        states = self.language_model.forward(
-            last=1,
-            input_ids=input_ids,
-            attention_mask=self.attention_mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **({"position_ids": position_ids} if self.wants_positions else {}),
-        )
-        self.logits = self.language_model.logits_of(states)[:, -1]
-        self.hidden = states.hidden[:, -1]

@@ -42,6 +42,10 @@ class RunSettings(Settings):
         "accelerate launch sets 1).",
     )
     bf16: bool = knob(False, "Run forward passes in bfloat16 autocast; weights stay float32.")
+    gradient_checkpointing: bool = knob(
+        False,
+        "Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +323,10 @@ class UpdateSettings(
             self.objective == "trpo" and (self.ent_coef > 0 or self.target_kl is not None or self.kl_in_loss),
             "objective='trpo' takes one step within trpo_max_kl: leave out ent_coef, target_kl and a KL penalty in "
             "the loss.",
+        )
+        yield (
+            self.objective == "trpo" and self.gradient_checkpointing,
+            "objective='trpo' differentiates twice, which gradient_checkpointing does not allow: leave it out.",
         )
         yield (
             self.objective == "policy_gradient" and self.target_kl is not None,

@@ -23,8 +23,10 @@ from lmppo.functional import approx_kl
 from lmppo.launch import make_accelerator
 from lmppo.loss import Penalties
 from lmppo.metrics import critic_metrics, rollout_metrics
-from lmppo.models import ActorCritic, Reference, load_policy
+from lmppo.models import ActorCritic, Reference, compute_precision, load_policy
 from lmppo.models.critics import make_actor_critic
+from lmppo.models.quantized import check_trainable
+from lmppo.models.recomputation import prepare_recomputation
 from lmppo.optimizer import make_optimizer, set_learning_rates
 from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
 from lmppo.protocols import Tokenizer
@@ -107,6 +109,7 @@ class PPOTrainer:
         # The models.
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
         policy: Any = load_policy(model, peft_config).to(device)
+        check_trainable(policy, self.args.objective)
         origin = str(model) if isinstance(model, str | Path) else policy.config._name_or_path
         named = origin if (Path(origin) / "tokenizer_config.json").exists() else policy.config._name_or_path
         self.processing_class = processing_class or load_tokenizer(named)  # an adapter may have none beside it
@@ -127,6 +130,7 @@ class PPOTrainer:
         actor_critic = make_actor_critic(
             policy, critic, self.args, self.processing_class, n_streams=len(self.streams), origin=origin
         )
+        prepare_recomputation(actor_critic, self.args)
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
         self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
@@ -219,8 +223,8 @@ class PPOTrainer:
         prompts = self.prompts.next_batch(args.rollout_batch_size // args.num_generations, args.num_generations)
         scored = self.collector.collect(prompts, iteration)
         rollout, sampled = scored.rollout, time.perf_counter()
-        if iteration == 0 and self._kl_starts_at_zero:
-            check_kl_zero(rollout.kl_to_ref.abs().max().item(), self._tolerance(rollout))
+        if iteration == 0:
+            self._check_start(rollout)
 
         # 2. Put the KL to the reference into the reward.
         kl_coef = self.control.kl.coef
@@ -278,10 +282,19 @@ class PPOTrainer:
             }
         return stats
 
+    def _check_start(self, rollout: Rollout) -> None:
+        """Before the first step the KL to the reference is what the support makes of it, and no target is below that."""
+        if self._kl_starts_at_zero:
+            worst = (rollout.kl_to_ref - rollout.kl_of_support).abs().max().item()
+            check_kl_zero(worst, self._tolerance(rollout))
+        if self.accelerator.is_main_process:
+            self.control.check_target(rollout.kl_of_support.sum(dim=1).mean().item())
+
     def _tolerance(self, rollout: Rollout) -> float:
         """What rounding can make of a log-probability of this rollout."""
         largest = rollout.max_logit.max().item()
-        return self.args.step_zero_tolerance or rounding_tolerance(largest, self.accelerator.mixed_precision)
+        precision = compute_precision(self.actor_critic.policy, self.accelerator.mixed_precision)
+        return self.args.step_zero_tolerance or rounding_tolerance(largest, precision)
 
     def _finish_step(self, row: dict[str, float], scored: ScoredRollout) -> dict[str, float]:
         """Count the iteration, evaluate if it is time, and log."""

@@ -148,6 +148,7 @@ def make_experience(samples: Samples, seed=3) -> Experience:
         support=samples.support,
         old_logprobs=samples.logprobs,
         ref_logprobs=samples.logprobs + 0.3 * torch.randn(shape, generator=generator),
+        ref_support_logprobs=torch.zeros(shape),
         old_values=samples.values,
         advantages=torch.randn(shape, generator=generator),
         returns=torch.randn(*shape, 1, generator=generator),

@@ -13,7 +13,14 @@ from transformers import (
     TrainerCallback,
 )
 
-from lmppo.checks import StepZeroError, check_first_ratio, check_kl_zero, rounding_tolerance
+from lmppo.checks import (
+    NonFiniteError,
+    StepZeroError,
+    check_first_ratio,
+    check_kl_zero,
+    check_reference,
+    rounding_tolerance,
+)
 
 COMMON = {"vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": EOS}
 
@@ -80,3 +87,13 @@ def test_what_is_above_the_tolerance_is_refused_with_both_numbers():
         check_first_ratio({"log_ratio_max": 2e-4}, 1e-4)
     with pytest.raises(StepZeroError, match=r"up to 2\.00e-04 nats on a token \(allowed: 1e-04\)"):
         check_kl_zero(2e-4, 1e-4)
+
+
+def test_an_infinite_kl_names_the_row_and_the_token():
+    ids, finite = torch.tensor([[4, 5], [6, 7]]), torch.zeros(2, 2)
+    check_reference(finite, finite, ids)
+    broken = torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])
+    with pytest.raises(NonFiniteError, match=r"Row 1 .* token 1 .*id 7, has the log-probability -inf under the refer"):
+        check_reference(broken, -broken, ids)
+    with pytest.raises(NonFiniteError, match=r"Row 1 .* token 1 .*id 7, was sampled where the reference gives probab"):
+        check_reference(finite, -broken, ids)

@@ -38,7 +38,7 @@ def collect(trainer, iteration=0):
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.6, "top_k": 4}], ids=str)
 @pytest.mark.parametrize("family", MODELS)
-def test_reference_logprobs_are_those_of_the_row_alone_on_the_same_support(family, sampling):
+def test_logprobs_are_those_of_the_row_alone_on_the_records_support(family, sampling):
     samples = make_samples(build_model(family, "shared"), **sampling)
     other = ActorCritic(MODELS[family](seed=6))
     temperature = sampling.get("temperature", 1.0)
@@ -79,11 +79,12 @@ def test_trimming_before_the_forward_pass_changes_nothing():
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_p": 0.7}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}], ids=str)
 def test_kl_to_the_reference_is_zero_before_any_update(tmp_path, family, settings):
     rollout = collect(make_trainer(tmp_path, model=MODELS[family](), rollout_batch_size=12, **settings)).rollout
     assert rollout.completion_mask.sum(1).unique().numel() > 1
     assert rollout.kl_to_ref.abs().max() < 2e-5
+    assert rollout.kl_of_support.eq(0).all()
 
 
 def test_kl_to_a_given_reference_is_the_log_ratio(tmp_path):
@@ -250,7 +251,7 @@ def test_nothing_in_the_record_carries_a_gradient(tmp_path):
     rollout = collect(make_trainer(tmp_path)).rollout
     seen = []
     rollout.map(lambda tensor, _: seen.append(tensor.requires_grad) or tensor)
-    assert len(seen) == 13 and not any(seen)
+    assert len(seen) == 14 and not any(seen)
 
 
 def test_completions_are_decoded_from_counted_tokens_only():

@@ -47,6 +47,7 @@ def rollout(p):
         support=Support.of_all(*p.mask.shape),
         logprobs=logprobs,
         ref_logprobs=logprobs,
+        ref_support_logprobs=torch.zeros_like(logprobs),
         values=values.unsqueeze(-1),
         scores=p.rewards.unsqueeze(-1),
         kl_penalty=torch.zeros_like(logprobs),

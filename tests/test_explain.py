@@ -73,6 +73,7 @@ def make_parts(**settings) -> Parts:
     rollout = Rollout(
         **vars(samples) | {"values": values},
         ref_logprobs=ref_logprobs,
+        ref_support_logprobs=torch.zeros(shape),
         scores=torch.stack([noise(*shape), torch.zeros(shape)], dim=-1),
         kl_penalty=kl,
         bootstrap_values=torch.where(samples.ended[:, None], 0.0, noise(len(mask), 2)),

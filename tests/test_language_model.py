@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from lmppo.functional import token_logprobs
-from lmppo.models import ActorCritic, LanguageModel, Reference, inputs_of
+from lmppo.models import ActorCritic, LanguageModel, Reference, UnsupportedModelError, inputs_of
 from lmppo.records import Tokens
 
 ENDS = {"vocab_size": VOCAB, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": EOS}
@@ -70,7 +70,7 @@ def batch():
 def own_forward(model, tokens):
     """The logits of the states before each completion token, by the model's own forward."""
     with torch.no_grad():
-        return model(**inputs_of(model, tokens), logits_to_keep=tokens.completion_ids.shape[1] + 1).logits[:, :-1]
+        return model(**inputs_of(tokens), logits_to_keep=tokens.completion_ids.shape[1] + 1).logits[:, :-1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,12 +101,12 @@ def test_adapters_are_part_of_trunk_and_head(target):
 
 
 def test_what_cannot_be_split_keeps_its_own_forward():
-    """A model that scales its logits by what its trunk alone knows; a prompt that an adapter puts before the tokens."""
+    """A model that scales its logits by what its trunk alone knows; nor what an adapter puts before the tokens."""
 
     class Odd(type(gpt2())):
         def forward(self, input_ids=None, **kwargs):
             out = super().forward(input_ids=input_ids, **kwargs)
-            out.logits = out.logits * (1 + input_ids.float().mean())
+            out.logits = out.logits * (1 + input_ids[:, -out.logits.shape[1] :, None])
             return out
 
     odd = randomised(Odd(gpt2().config))
@@ -114,7 +114,8 @@ def test_what_cannot_be_split_keeps_its_own_forward():
     tokens = batch()
     assert torch.equal(ActorCritic(odd).logits(tokens).detach(), own_forward(odd, tokens))
     tuned = get_peft_model(gpt2(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    assert LanguageModel(tuned.eval()).trunk is None
+    with pytest.raises(UnsupportedModelError, match="something else of a row when it is padded"):
+        LanguageModel(tuned.eval())  # the padding lies between its tokens and the prompt
 
 
 def test_a_trunk_is_itself_again_after_its_head_was_asked():
@@ -139,7 +140,7 @@ def test_gradients_flow_through_head_and_trunk_as_through_the_models_own_forward
     keep = tokens.completion_ids.shape[1] + 1
     for logits_of in (
         ActorCritic(model).logits,
-        lambda tokens: model(**inputs_of(model, tokens), logits_to_keep=keep).logits[:, :-1],
+        lambda tokens: model(**inputs_of(tokens), logits_to_keep=keep).logits[:, :-1],
     ):
         model.zero_grad()
         (logits_of(tokens) * weights).sum().backward()

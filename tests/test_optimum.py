@@ -146,8 +146,8 @@ def test_of_all_completions_a_trpo_update_stays_in_its_ball_exactly(max_kl):
     nothing = torch.zeros(*mask[rows].shape, 1)
     experience = Experience(
         tokens=Tokens(prompt, prompt.bool(), COMPLETIONS.ids[rows], mask[rows]),
-        support=Support.of_all(*mask[rows].shape), old_logprobs=old[rows], ref_logprobs=old[rows], old_values=nothing,
-        advantages=advantages[rows], returns=nothing,
+        support=Support.of_all(*mask[rows].shape), old_logprobs=old[rows], ref_logprobs=old[rows],
+        ref_support_logprobs=torch.zeros_like(old[rows]), old_values=nothing, advantages=advantages[rows], returns=nothing,
     )  # fmt: skip
     config = make_config("unused", objective="trpo", trpo_max_kl=max_kl, micro_batch_size=64)
     stats = trpo_update(model, experience, config, Accelerator(cpu=True), iteration=0)

@@ -31,6 +31,7 @@ def make_rollout(prompt=("011", "111"), completion=("1100", "1000"), *, streams=
         support=Support(pack(torch.rand(n_rows, n_time, vocabulary, generator=generator) < 0.5), "bits", vocabulary),
         logprobs=numbers(n_rows, n_time),
         ref_logprobs=numbers(n_rows, n_time),
+        ref_support_logprobs=numbers(n_rows, n_time),
         values=numbers(n_rows, n_time, streams),
         scores=numbers(n_rows, n_time, streams),
         kl_penalty=numbers(n_rows, n_time),
@@ -74,7 +75,7 @@ NAMES = list(tensors(make_rollout()))
 def test_every_tensor_is_declared():
     declared = []
     make_rollout().map(lambda tensor, axes: declared.append(axes) or tensor)
-    assert len(declared) == len(NAMES) == 13
+    assert len(declared) == len(NAMES) == 14
     assert all(axes[0] == "B" for axes in declared)
 
 

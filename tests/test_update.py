@@ -309,8 +309,8 @@ def test_eos_is_trained_although_it_is_also_the_pad():
     before = logprob()
     zeros = torch.zeros(2, 1, 1)
     experience = Experience(
-        Tokens(ids, mask, tokens, counted), Support.of_all(2, 1), before[:, None], before[:, None], zeros,
-        torch.ones(2, 1), zeros,
+        Tokens(ids, mask, tokens, counted), Support.of_all(2, 1), before[:, None], before[:, None],
+        torch.zeros(2, 1), zeros, torch.ones(2, 1), zeros,
     )  # fmt: skip
     update(model, experience, rollout_batch_size=2, minibatch_size=2)
     assert (logprob() > before + 0.01).all()

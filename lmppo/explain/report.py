@@ -18,7 +18,7 @@ from lmppo.run.checkpoint import CheckpointError, checkpoint_dir, list_checkpoin
 _SHOWN_SETTINGS = (
     "estimator", "baseline", "gamma", "lam", "critic_lam", "adaptive_lam_alpha", "whiten_advantages", "objective",
     "clip_range", "clip_range_high", "dual_clip", "kl_coef", "kl_form", "truncation", "temperature",
-    "ppo_epochs", "learning_rate",
+    "top_k", "top_p", "min_p", "ppo_epochs", "learning_rate",
 )  # fmt: skip
 
 _TOKEN_WIDTH = 20  # in a terminal table; longer tokens are folded
@@ -208,9 +208,12 @@ def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
     several = len(saved.streams) > 1
     total = ", summed over the streams" if several else ""
     columns = {
-        "old": ("log-probability of the token under the policy that sampled it", saved.logprobs),
+        "old": (
+            "log-probability of the token under the policy that sampled it, among the tokens that it could sample",
+            saved.logprobs,
+        ),
         "new": ("log-probability after this iteration's update", saved.new_logprobs),
-        "ref": ("log-probability under the reference", saved.ref_logprobs),
+        "ref": ("log-probability under the reference, among all tokens", saved.ref_logprobs),
         "kl": ("old − ref, in nats: this token's part of the KL estimate k1", saved.kl_to_ref),
         "reward": (
             "the token's score, minus the KL penalty where that is in the reward" + total,

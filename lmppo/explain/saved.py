@@ -85,7 +85,7 @@ class SavedRollouts:
         ended: ``(N,)`` True where the completion ended with EOS.
         logprobs: ``(N, T)`` under the policy that sampled the tokens.
         new_logprobs: ``(N, T)`` after the update; of use only where the update learned.
-        ref_logprobs: ``(N, T)`` under the reference.
+        ref_logprobs: ``(N, T)`` under the reference, among all tokens.
         values: ``(N, T, K)`` the critic before the update, of the state before each token.
         scores: ``(N, T, K)`` what the reward functions gave.
         kl_penalty: ``(N, T)`` the KL to the reference that the rewards pay for, by ``kl_form``.

@@ -32,6 +32,7 @@ from lmppo.functional.kl import (
     kl_shaped_rewards,
 )
 from lmppo.functional.logprobs import (
+    support_logprobs,
     token_entropy,
     token_logprobs,
     token_logprobs_and_entropy,
@@ -77,6 +78,7 @@ __all__ = [
     "masked_whiten",
     "policy_gradient_loss",
     "rewards_to_go",
+    "support_logprobs",
     "td_residuals",
     "token_entropy",
     "token_logprobs",

@@ -122,23 +122,29 @@ def state_logits(policy: Callable[[Tensor], Tensor], completions: Completions) -
     return torch.where(completions.mask.unsqueeze(-1), torch.cat(levels)[completions.states], 0.0)
 
 
-def completion_logprobs(logits: Tensor, completions: Completions) -> Tensor:
+def completion_logprobs(
+    logits: Tensor, completions: Completions, *, temperature: float = 1.0, support: Tensor | None = None
+) -> Tensor:
     """The log-probability of every token, ``log pi(a_t | s_t)``; a row's sum is that of the completion.
 
     Args:
         logits: (N, T, V), from :func:`state_logits` or a table.
         completions: N completions of T positions.
+        temperature: Logits are divided by it.
+        support: Bool, broadcastable to ``logits``; True = the policy can choose that token. None: all tokens.
 
     Returns:
-        (N, T), 0 where the mask is False.
+        (N, T), 0 where the mask is False; -inf for a token that cannot be chosen.
     """
-    return zero_masked(token_logprobs(logits, completions.ids), completions.mask)
+    logprobs = token_logprobs(logits, completions.ids, temperature=temperature, support=support)
+    return zero_masked(logprobs, completions.mask)
 
 
 def expectation(logprobs: Tensor, x: Tensor) -> Tensor:
     """The mean of ``x`` over completions drawn from the policy.
 
-    ``E[x] = sum_n P_n x_n`` with ``P_n = exp(sum_t logprobs[n, t])``. Detach ``logprobs`` for the expectation of a
+    ``E[x] = sum_n P_n x_n`` with ``P_n = exp(sum_t logprobs[n, t])``, over the completions that the policy can write
+    (``P_n > 0``): of the others ``x`` may be anything. Detach ``logprobs`` for the expectation of a
     loss, since a sampled loss sends no gradient through the sampling; attached, the gradient is that of E[x].
 
     Args:
@@ -150,7 +156,9 @@ def expectation(logprobs: Tensor, x: Tensor) -> Tensor:
     """
     check_float("expectation", logprobs=logprobs, x=x)
     check_shape("expectation", (len(logprobs), *x.shape[1:]), "one row per completion", x=x)
-    return torch.einsum("n,n...->...", logprobs.sum(dim=1).exp(), x)
+    chances = logprobs.sum(dim=1).exp()
+    possible = (chances > 0).view(-1, *[1] * (x.ndim - 1))
+    return torch.einsum("n,n...->...", chances, zero_masked(x, possible))
 
 
 def expected_return(completions: Completions, logprobs: Tensor, rewards: Tensor, *, gamma: float = 1.0) -> Tensor:

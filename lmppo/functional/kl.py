@@ -1,8 +1,12 @@
 """How far two policies are apart, per token, and the penalty for it inside the reward.
 
 The estimators see only the log-probabilities of tokens sampled from the *first* argument's policy, p, and estimate
-KL(p || q) = E_{a~p}[log p(a) - log q(a)]. They have no mask: each position is computed from its own two numbers, and
+KL(p || q) = E_{a~p}[log p(a) - log q(a)]. They have no mask: each position is computed from its own numbers, and
 :func:`kl_shaped_rewards` or :func:`~lmppo.functional.masked.masked_mean` drop what does not count.
+
+Where p is renormalized over a support S (top-k, top-p, min-p) and q is a distribution over all tokens, the KL is that of
+the two over S, plus ``-log q(S)``: what p pays for never choosing the other tokens, however close it is to q. The support
+is held fixed in gradients.
 
 Background: docs/notes.md, "The KL penalty to the reference".
 """
@@ -19,6 +23,9 @@ from lmppo.functional._inputs import (
     zero_masked,
 )
 from lmppo.functional.logprobs import log_distribution
+
+ALL_TOKENS = torch.ones(1, dtype=torch.bool)
+"""The support that leaves every token; it broadcasts to any logits."""
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are capped here before ``exp``: e^20 = 4.9e8 is far beyond any useful ratio, and float32 holds it."""
@@ -71,19 +78,24 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return 0.5 * _log_ratio("kl_k2", logprobs, ref_logprobs).square()
 
 
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """The estimator that is both unbiased and never negative: k1 plus the zero-mean control variate q/p - 1.
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor, *, ref_support_logprobs: Tensor | None = None) -> Tensor:
+    """The estimator that is both unbiased and never negative: k1 plus the zero-mean control variate q/p - q(S).
 
-    ``k3_t = exp(d_t) - 1 - d_t`` with ``d_t = min(log q_t - log p_t, 20)``, by ``expm1``, which keeps small values
+    ``k3_t = exp(d_t) - q_t(S) - d_t`` with ``d_t = min(log q_t - log p_t, 20)``, by ``expm1``, which keeps small values
+
+    S are the tokens that p can choose: q(S) is 1 unless p is renormalized over a support and q is not. The mean of q/p
+    over p's tokens is q(S); with 1 in its place the estimate would be off by 1 - q(S).
 
     As a *loss* on the present policy p its gradient is that of KL(q || p), not of KL(p || q): where the second argument
     is the one that learns (see :func:`~lmppo.functional.losses.kl_penalized_policy_loss`) it is right.
 
-    Schulman, "Approximating KL Divergence" (2020), k3. The cap at 20 is ours: a finite number for any log-ratio.
+    Schulman, "Approximating KL Divergence" (2020), k3, where q(S) is 1. The cap at 20 is ours: a finite number for any
+    log-ratio.
 
     Args:
         logprobs: (B, T) of sampled tokens, under the policy p that sampled them.
         ref_logprobs: (B, T) of the same tokens under q.
+        ref_support_logprobs: (B, T) log q(S), from :func:`~lmppo.functional.logprobs.support_logprobs`. None: 0.
 
     Returns:
         (B, T).
@@ -93,13 +105,27 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         ValueError: The shapes differ.
     """
     log_ratio = (-_log_ratio("kl_k3", logprobs, ref_logprobs)).clamp(max=MAX_LOG_RATIO)
-    return torch.expm1(log_ratio) - log_ratio
+    if ref_support_logprobs is None:
+        return torch.expm1(log_ratio) - log_ratio
+    check_float("kl_k3", ref_support_logprobs=ref_support_logprobs)
+    check_shape("kl_k3", logprobs.shape, "that of logprobs", ref_support_logprobs=ref_support_logprobs)
+    return torch.expm1(log_ratio) - torch.expm1(widen(ref_support_logprobs)) - log_ratio
 
 
-def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
+def exact_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    support: Tensor | None = None,
+    ref_support: Tensor | None = None,
+) -> Tensor:
     """KL(policy || reference) of the next-token distributions, summed over the vocabulary: no sampling noise.
 
-    ``KL = sum_{v in support} p_v (log p_v - log q_v)`` with 0 log 0 = 0; both at the same temperature and support
+    ``KL = sum_{v in support} p_v (log p_v - log q_v)`` with 0 log 0 = 0; both at the same temperature
+
+    With ``support`` alone both are renormalized over it: two policies that are sampled alike. With
+    ``ref_support=ALL_TOKENS`` as well, q is the softmax over all tokens: the sampled policy against a whole reference.
 
     Differentiable in both arguments. It is what k1 and k3 estimate from one token.
 
@@ -107,7 +133,8 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, su
         logits: (..., V) float, of the policy p.
         ref_logits: (..., V) float, of q.
         temperature: Both logits are divided by it.
-        support: Bool, broadcastable to ``logits``; both distributions are renormalized over it. None: all tokens.
+        support: Bool, broadcastable to ``logits``; p is renormalized over it. None: all tokens.
+        ref_support: Bool, broadcastable to ``logits``; q is renormalized over it. None: ``support``.
 
     Returns:
         (...) divergences, 0 or more up to rounding; inf where q gives 0 to a token that p can choose.
@@ -119,7 +146,8 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, su
     check_float("exact_kl", logits=logits, ref_logits=ref_logits)
     check_shape("exact_kl", logits.shape, "that of logits", ref_logits=ref_logits)
     logprobs = log_distribution("exact_kl", logits, temperature=temperature, support=support)
-    ref_logprobs = log_distribution("exact_kl", ref_logits, temperature=temperature, support=support)
+    ref_support = support if ref_support is None else ref_support
+    ref_logprobs = log_distribution("exact_kl", ref_logits, temperature=temperature, support=ref_support)
     possible = logprobs > -torch.inf
     log_ratio = torch.where(possible, logprobs, 0.0) - torch.where(possible, ref_logprobs, 0.0)
     return (logprobs.exp() * log_ratio).sum(dim=-1)

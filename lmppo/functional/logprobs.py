@@ -82,16 +82,47 @@ def token_logprobs_and_entropy(
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), _entropy(logprobs)
 
 
+def support_logprobs(logits: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
+    """Log-probability that a token drawn from *all* tokens lies in the support: the log of the kept mass.
+
+    ``log sum_{v in support} p_v`` with ``p = softmax(logits / temperature)`` over all tokens
+
+    Args:
+        logits: (..., V) float.
+        temperature: Logits are divided by it.
+        support: Bool, broadcastable to ``logits``. None: all tokens, and the result is 0.
+
+    Returns:
+        (...) log-probabilities, 0 or less up to rounding, float32 or wider.
+
+    Raises:
+        TypeError: ``logits`` is not float or ``support`` is not bool.
+        ValueError: Shapes do not fit, the temperature is not positive, or a position has an empty support.
+    """
+    check_float("support_logprobs", logits=logits)
+    kept = _kept_logits("support_logprobs", logits, temperature, support)
+    if support is None:
+        return kept.new_zeros(kept.shape[:-1])
+    everything = _kept_logits("support_logprobs", logits, temperature, None)
+    return kept.logsumexp(dim=-1) - everything.logsumexp(dim=-1)
+
+
 def log_distribution(function: str, logits: Tensor, *, temperature: float, support: Tensor | None) -> Tensor:
     """(..., V) log-probabilities of the sampled distribution, -inf outside the support; errors name ``function``."""
+    return torch.log_softmax(_kept_logits(function, logits, temperature, support), dim=-1)
+
+
+def _kept_logits(function: str, logits: Tensor, temperature: float, support: Tensor | None) -> Tensor:
+    """(..., V) logits over the temperature, -inf outside the support."""
     check_positive(function, temperature=temperature)
     scaled = widen(logits) if temperature == 1 else widen(logits) / temperature
-    if support is not None:
-        check_dtype(function, torch.bool, support=support)
-        _check_support(function, support, logits)
-    if support is None or support.shape[-1] == 1:  # one flag for a whole vocabulary is True, or it would be empty
-        return torch.log_softmax(scaled, dim=-1)
-    return torch.log_softmax(torch.where(support, scaled, -torch.inf), dim=-1)
+    if support is None:
+        return scaled
+    check_dtype(function, torch.bool, support=support)
+    _check_support(function, support, logits)
+    if support.shape[-1] == 1:  # one flag for a whole vocabulary is True, or it would be empty
+        return scaled
+    return torch.where(support, scaled, -torch.inf)
 
 
 def _entropy(logprobs: Tensor) -> Tensor:

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lmppo.functional import token_logprobs
-from lmppo.models.language_model import LanguageModel, inputs_of
+from lmppo.models.decoder import Decoder, needs_step_masks
+from lmppo.models.inputs import inputs_of, takes
+from lmppo.models.language_model import LanguageModel
+from lmppo.models.probe import (
+    Outputs,
+    UnsupportedModelError,
+    check_causal,
+    find_first_position,
+    probe_tokens,
+    read_alone,
+)
 from lmppo.protocols import CausalLM
 from lmppo.records import TokenRecord, Tokens
 
@@ -32,6 +42,10 @@ class ActorCritic(nn.Module):
         policy: A causal language model, plain or with a peft adapter.
         critic: ``None``, or a token-classification model with ``n_streams`` labels.
         n_streams: Number of reward streams ``K``.
+
+    Raises:
+        UnsupportedModelError: The policy or the critic computes something else of a row in a padded batch, over a cache,
+            or before a later token than of the row alone; or the policy has no hidden states for a value head.
     """
 
     policy: Any
@@ -44,13 +58,21 @@ class ActorCritic(nn.Module):
         self.critic = critic
         self.value_head = None
         self.n_streams = n_streams
-        if critic is None:
-            self.value_head = nn.Linear(policy.config.get_text_config().hidden_size, n_streams, dtype=torch.float32)
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
-            self.value_head.to(next(policy.parameters()).device)
         self.eval()
         self.language_model = LanguageModel(policy)
+        self._masks_steps = needs_step_masks(self.language_model)
+        if critic is not None:
+            self._critic_first_position = probe_critic(critic)
+            return
+        if not self.language_model.width:
+            raise UnsupportedModelError(
+                f"model is a {type(policy).__name__}, which gives no hidden states (B, S, H) for a value head: pass a "
+                f"critic of its own, critic=."
+            )
+        self.value_head = nn.Linear(self.language_model.width, n_streams, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.value_head.to(next(iter(policy.parameters())).device)
 
     def train(self, mode: bool = True) -> "ActorCritic":
         """Stay in evaluation mode: dropout is off everywhere."""
@@ -99,18 +121,50 @@ class ActorCritic(nn.Module):
         last = (attention_mask * columns).argmax(dim=1)
         rows = torch.arange(len(last), device=last.device)
         if self.critic is not None:
-            return self.critic(**inputs_of(self.critic, tokens)).logits[rows, last].float()
-        states = self.language_model.forward(last=attention_mask.shape[1], **inputs_of(self.policy, tokens))
-        return self.values_of(states.hidden[rows, last])
+            return self._critic_everywhere(tokens)[rows, last]
+        inputs = inputs_of(tokens, self.language_model.first_position)
+        hidden: Any = self.language_model.forward(last=attention_mask.shape[1], **inputs).hidden
+        return self.values_of(hidden[rows, last])
 
-    def values_of(self, hidden: Tensor) -> Tensor:
+    def decoder(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decoder:
+        """The policy's cache over left-padded prompts ``(B, P)``, to be fed token by token."""
+        return Decoder(self.language_model, prompt_ids, prompt_mask, masks_steps=self._masks_steps)
+
+    def values_of(self, hidden: Tensor | None) -> Tensor:
         """The shared trunk's value head, in float32 whatever the autocast: ``(..., H) -> (..., K)``."""
+        assert hidden is not None, "a policy without hidden states has no value head"
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float())
 
     def _critic(self, tokens: Tokens) -> Tensor:
-        n_completion = tokens.completion_ids.shape[1]
-        return self.critic(**inputs_of(self.critic, tokens)).logits[:, -n_completion - 1 : -1].float()
+        return self._critic_everywhere(tokens)[:, -tokens.completion_ids.shape[1] - 1 : -1]
+
+    def _critic_everywhere(self, tokens: Tokens) -> Tensor:
+        """``(B, S, K)`` values of the states after each token."""
+        return self.critic(**inputs_of(tokens, self._critic_first_position)).logits.float()
+
+
+@torch.no_grad()
+def probe_critic(critic: PreTrainedModel) -> int | None:
+    """The position of a row's first token, for a critic of its own.
+
+    Its hidden states are probed as well: a new head gives 0 for whatever they are.
+
+    Raises:
+        UnsupportedModelError: It reads later tokens, or computes something else of a row when the row is padded.
+    """
+
+    def read(**inputs: Any) -> Outputs:
+        out = critic(**inputs, output_hidden_states=True)
+        return [out.logits, out.hidden_states[-1]]
+
+    device = next(iter(critic.parameters())).device
+    tokens = probe_tokens(critic.config, device)
+    with torch.autocast(device.type, enabled=False):
+        alone = read_alone(read, tokens)
+        check_causal(read, tokens, alone, critic, "critic")
+        told = takes(critic, "position_ids")
+        return find_first_position(read, tokens, alone, critic, "critic", takes_positions=told)
 
 
 @torch.no_grad()

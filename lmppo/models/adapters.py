@@ -82,7 +82,7 @@ def add_adapter(policy: Any, peft_config: "PeftConfig") -> Any:
             f"init_lora_weights={init!r} changes the base weights, so the exported adapter would not fit the model "
             f"that it was made for: use True or 'gaussian'."
         )
-    return get_peft_model(policy, peft_config, autocast_adapter_dtype=False)
+    return get_peft_model(policy, peft_config)
 
 
 def base_of_adapter(name: str) -> str | None:
@@ -110,7 +110,7 @@ def load_adapter(base: Any, name: str, *, merge: bool = False) -> Any:
             f"{name!r} holds pickled weights only (adapter_model.bin), which can run code when loaded. Convert them once: "
             f"load the adapter with peft and save_pretrained() it again."
         )
-    policy = PeftModel.from_pretrained(base, name, is_trainable=True, autocast_adapter_dtype=False)
+    policy = PeftModel.from_pretrained(base, name, is_trainable=True)
     check_adapter(policy)
     if not merge:
         return policy

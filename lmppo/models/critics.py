@@ -24,7 +24,8 @@ from transformers.utils import logging as hf_logging
 
 from lmppo.models.actor_critic import ActorCritic
 from lmppo.models.language_model import vocab_size_of
-from lmppo.models.loading import as_float32, is_quantized, load_weights, print_once
+from lmppo.models.loading import as_float32, load_weights, print_once
+from lmppo.models.quantized import is_quantized
 from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.settings import AdvantageSettings
 
@@ -145,6 +146,8 @@ def _difference(tokens: dict[str, int], its_tokenizer: Tokenizer) -> str:
 
 def _checked(critic: Any, policy: CausalLM, n_streams: int, match: _Match) -> PreTrainedModel:
     """The critic, if its labels and the size of its vocabulary fit."""
+    if is_quantized(critic):
+        raise ValueError("critic is quantized, and all weights of a critic are trained: give one in float32.")
     if getattr(critic.config, "num_labels", None) != n_streams:
         raise ValueError(f"critic has {critic.config.num_labels} labels; expected {n_streams}, one per reward stream.")
     n_vocab, n_policy = vocab_size_of(critic), vocab_size_of(policy)
@@ -160,8 +163,6 @@ def _checked(critic: Any, policy: CausalLM, n_streams: int, match: _Match) -> Pr
 
 def _copied(critic: PreTrainedModel) -> PreTrainedModel:
     """A critic of our own: what is passed is not trained itself."""
-    if is_quantized(critic):
-        raise ValueError("critic is quantized, and all weights of a critic are trained: pass one in float32.")
     own = as_float32(critic, "critic")
     return copy.deepcopy(critic) if own is critic else own
 

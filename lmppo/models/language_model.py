@@ -1,14 +1,9 @@
-"""A causal language model in two parts, trunk and head, and the inputs that it is given.
+"""A causal language model in two parts, trunk and head, probed when it is made.
 
-Position ids always come from the attention mask: GPT-2 counts positions from the left edge otherwise, padding included,
-and its log-probabilities are silently wrong.
-
-Axes: ``B`` sequences, ``P`` prompt positions, ``T`` completion positions, ``S = P + T``, ``H`` hidden,
-``V`` vocabulary, ``K`` reward streams.
+Axes: ``B`` sequences, ``T`` completion positions, ``S`` all positions, ``H`` hidden, ``V`` vocabulary.
 """
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,28 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from lmppo.functional._inputs import widen
+from lmppo.models.inputs import base_of, inputs_of, kind_of, takes
+from lmppo.models.probe import (
+    Outputs,
+    UnsupportedModelError,
+    check_causal,
+    find_first_position,
+    probe_tokens,
+    read_alone,
+)
 from lmppo.protocols import CausalLM
 from lmppo.records import Tokens
-
-
-def position_ids_of(attention_mask: Tensor) -> Tensor:
-    """``(B, S)`` each token's place among the tokens that are there, from 0; padding gets 0."""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def inputs_of(model: Any, tokens: Tokens) -> dict[str, Any]:
-    """The arguments of a model's forward pass over prompts and completions."""
-    attention_mask = tokens.attention_mask
-    inputs = {"input_ids": tokens.input_ids, "attention_mask": attention_mask.long(), "use_cache": False}
-    if takes_position_ids(model):
-        inputs["position_ids"] = position_ids_of(attention_mask)
-    return inputs
-
-
-def takes_position_ids(model: Any) -> bool:
-    """Whether the model counts positions itself unless told (all but the ALiBi models)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "position_ids" in inspect.signature(base.forward).parameters
 
 
 @dataclass(frozen=True)
@@ -46,16 +30,12 @@ class States:
     """What a language model has computed of some states, before its head.
 
     Attributes:
-        hidden: ``(B, n, H)`` what the head reads.
+        hidden: ``(B, n, H)`` what the head reads; None where the model does not give it.
         logits: ``(B, n, V)`` where the model cannot be split and has computed them already.
     """
 
-    hidden: Tensor
+    hidden: Tensor | None
     logits: Tensor | None = None
-
-    def drop_last(self) -> "States":
-        """Without the last position."""
-        return States(self.hidden[:, :-1], None if self.logits is None else self.logits[:, :-1])
 
 
 class LanguageModel:
@@ -65,29 +45,67 @@ class LanguageModel:
     of it. A model for which that is not its own forward to the bit (prompt-learning adapters; models that put their
     parts together in another way) is not split: its logits come with its hidden states.
 
+    Attributes:
+        model: The model.
+        trunk: Its trunk, if it can be split.
+        first_position: The position of a row's first token; None: it is told no positions.
+        width: ``H``; 0 where the model gives no hidden states.
+
     Args:
         model: A causal language model, plain or with a peft adapter, in evaluation mode.
+        name: How messages name it.
+
+    Raises:
+        UnsupportedModelError: It is none, or computes something else of a row when the row is padded.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, name: str = "model") -> None:
         self.model = model
         self.trunk: Any = None
         self._output_class: Any = None
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        inner = [getattr(base, getattr(base, "base_model_prefix", ""), None)]
-        inner += [base.get_decoder()] if hasattr(base, "get_decoder") else []
-        self.trunk = next((t for t in inner if isinstance(t, nn.Module) and t is not base and self._splits_at(t)), None)
+        self.first_position, self.width = self._probe(name)
+
+    @torch.no_grad()
+    def _probe(self, name: str) -> tuple[int | None, int]:
+        """The position of a row's first token, and the width of the hidden states, as the model itself tells."""
+        kind = kind_of(self.model)
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{name} is a {kind}, an encoder and a decoder: expected a causal language model."
+            )
+        device = next(iter(self.model.parameters())).device
+        tokens = probe_tokens(self.model.config, device)
+        with torch.autocast(device.type, enabled=False):
+            try:
+                self.trunk = self._find_trunk(tokens)
+                alone = read_alone(self.outputs, tokens)
+            except Exception as error:
+                raise UnsupportedModelError(
+                    f"{name} is a {kind}, which cannot read a few tokens as a causal language model does "
+                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}): expected "
+                    f"a model that AutoModelForCausalLM loads."
+                ) from error
+            check_causal(self.outputs, tokens, alone, self.model, name)
+            told = takes(self.model if self.trunk is None else self.trunk, "position_ids")
+            first = find_first_position(self.outputs, tokens, alone, self.model, name, takes_positions=told)
+        return first, alone[0][1].shape[-1] if len(alone[0]) > 1 else 0
 
     def read(self, tokens: Tokens) -> States:
         """What the model computes of the ``T + 1`` states before and after each completion token."""
-        return self.forward(last=tokens.completion_ids.shape[1] + 1, **inputs_of(self.model, tokens))
+        last = tokens.completion_ids.shape[1] + 1
+        return self.forward(last=last, **inputs_of(tokens, self.first_position))
 
     def forward(self, *, last: int, **inputs: Any) -> States:
         """The ``last`` positions of a forward pass."""
         if self.trunk is not None:
             return States(self.trunk(**inputs).last_hidden_state[:, -last:])
-        out = self.model(**inputs, output_hidden_states=True, logits_to_keep=last)
-        return States(out.hidden_states[-1][:, -last:], out.logits[:, -last:])
+        if takes(self.model, "logits_to_keep"):
+            inputs["logits_to_keep"] = last
+        out = self.model(**inputs, output_hidden_states=True)
+        hidden = (getattr(out, "hidden_states", None) or [None])[-1]
+        if hidden is not None:
+            hidden = hidden[:, -last:] if hidden.shape[:2] == inputs["input_ids"].shape else None
+        return States(hidden, out.logits[:, -last:])
 
     def logits_of(self, states: States) -> Tensor:
         """``(B, n, V)`` the logits of some states; in float32 whatever the autocast, where the model can be split.
@@ -96,8 +114,11 @@ class LanguageModel:
         """
         if states.logits is not None:
             return states.logits
+        assert states.hidden is not None
         with torch.autocast(states.hidden.device.type, enabled=False):
-            return self._head(self.trunk, widen(states.hidden))
+            weight = self.model.get_output_embeddings().weight
+            hidden = widen(states.hidden)
+            return self._head(self.trunk, hidden.to(weight.dtype) if weight.is_floating_point() else hidden)
 
     @torch.compiler.disable  # it cannot follow a forward that is exchanged
     def _head(self, trunk: nn.Module, hidden: Tensor) -> Tensor:
@@ -105,13 +126,25 @@ class LanguageModel:
         with _answering(trunk, self._output_class(last_hidden_state=hidden)):
             return self.model(input_ids=ids, use_cache=False).logits
 
-    @torch.no_grad()
-    def _splits_at(self, trunk: nn.Module) -> bool:
+    def outputs(self, **inputs: Any) -> Outputs:
+        """Logits, and hidden states where there are any, of a whole forward pass."""
+        states = self.forward(last=inputs["input_ids"].shape[1], **inputs)
+        logits = self.logits_of(states)
+        return [logits] if states.hidden is None else [logits, states.hidden]
+
+    def _find_trunk(self, tokens: Tokens) -> Any:
+        base = base_of(self.model)
+        inner = [getattr(base, getattr(base, "base_model_prefix", ""), None)]
+        inner += [base.get_decoder()] if hasattr(base, "get_decoder") else []
+        return next(
+            (t for t in inner if isinstance(t, nn.Module) and t is not base and self._splits_at(t, tokens)), None
+        )
+
+    def _splits_at(self, trunk: nn.Module, tokens: Tokens) -> bool:
         """Whether trunk and head give what the model's own forward gives, to the bit."""
         if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
             return False  # it puts tokens of its own before the prompt
-        ids = torch.tensor([[1, 2, 1]], device=next(self.model.parameters()).device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        inputs = {"input_ids": tokens.completion_ids, "use_cache": False}
         try:
             output = trunk(**inputs)
             self._output_class = type(output)

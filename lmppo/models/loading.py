@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lmppo.models.adapters import add_adapter, base_of_adapter, check_adapter, load_adapter
+from lmppo.models.quantized import check_quantized, is_quantized, keep_weights, quantized_layers
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -43,34 +44,46 @@ def print_once(line: str) -> None:
         print(line, flush=True)
 
 
-def is_quantized(model: Any) -> bool:
-    """Whether some of a model's weights are no plain numbers, so that it cannot be cast."""
-    return getattr(plain_model(model), "hf_quantizer", None) is not None
-
-
 def plain_model(model: Any) -> Any:
     """The model without its adapter's wrapper; the adapter's layers stay in it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def as_float32(model: Any, name: str) -> Any:
-    """The model itself if its weights are float32 or quantized; else a float32 copy of it, and a printed line.
+    """The model itself if it is in float32; else a float32 copy of it, and a printed line.
 
-    ``model.float()`` is not enough: tables that are not saved with the weights (the frequencies of rotary positions, the
-    scale of an embedding) have been rounded with them, and are computed anew from the configuration.
+    Layers that are quantized stay as they are, and what is around them is in float32. ``model.float()`` is not enough:
+    tables that are not saved with the weights (the frequencies of rotary positions, the scale of an embedding) have been
+    rounded with them, and are computed anew from the configuration.
 
     Args:
         model: A model of transformers, plain or with a peft adapter; it stays as it is.
         name: What it was passed as, for the line.
 
     Raises:
-        ValueError: Its class cannot be built from its configuration.
+        ValueError: Its class cannot be built from its configuration, or it is quantized in a way that is not supported.
     """
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
-    if not dtypes or is_quantized(model):
+    check_quantized(model, name)
+    quantized = {id(layer.weight) for layer in quantized_layers(model)}
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in quantized} - {torch.float32}
+    if not dtypes:
         return model
     kind = str(dtypes.pop()).removeprefix("torch.")
-    own = copy.deepcopy(model).float()
+    own = _view(model)
+    for parameter in own.parameters():
+        if id(parameter) not in quantized and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+    for module in own.modules():
+        floating = {key: b for key, b in module._buffers.items() if b is not None and b.is_floating_point()}
+        module._buffers |= {key: buffer.float() for key, buffer in floating.items()}
+    _compute_tables(own, name, kind)
+    what = "a copy whose other parts are float32" if quantized else "a float32 copy of it"
+    print_once(f"{name} is in {kind}: {what} is used, and the model that was passed stays as it is.")
+    return own
+
+
+def _compute_tables(own: Any, name: str, kind: str) -> None:
+    """Put what a model computes from its configuration in the place of what has been rounded."""
     base = plain_model(own)
     try:
         with no_init_weights():  # only the tables are used
@@ -85,8 +98,6 @@ def as_float32(model: Any, name: str) -> Any:
         for key in module._non_persistent_buffers_set if source else ():
             if source._buffers.get(key) is not None:
                 module._buffers[key] = source._buffers[key].to(module._buffers[key].device)
-    print_once(f"{name} is in {kind}: a float32 copy of it is used, and the model that was passed stays as it is.")
-    return own
 
 
 # What peft puts into the path of a module that it wraps.
@@ -99,15 +110,17 @@ def frozen_view(model: Any) -> Any:
     The weights are shared, so this takes no memory. Neither a mode, a flag nor a device that is set on the view reaches
     the model.
     """
-    quantized = {id(p) for p in model.parameters() if type(p) is not nn.Parameter}
-    shared: dict[int, Any] = {
-        id(p): p if id(p) in quantized else nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()
-    }
-    for module in model.modules():
-        if id(getattr(module, "weight", None)) in quantized:
-            scales = (vars(module).get("quant_state"), vars(module).get("state"))
-            shared |= {id(part): part for part in scales if part is not None}
-    return copy.deepcopy(model, shared).eval()
+    return _view(model).requires_grad_(False).eval()
+
+
+def _view(model: Any) -> Any:
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    for layer in quantized_layers(model):
+        parts = (layer.weight, getattr(layer, "quant_state", None), getattr(layer, "state", None))
+        shared |= {id(part): part for part in parts if part is not None}
+    own = copy.deepcopy(model, shared)
+    keep_weights(own)
+    return own
 
 
 def check_not_trained(ref_model: nn.Module, policy: Any) -> None:
@@ -140,9 +153,21 @@ def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None"
     if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
         raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
     policy = as_float32(policy, "model")
+    if peft_config is not None and is_quantized(policy):
+        return _on_quantized(policy, peft_config)
+    keep_weights(policy)
     if peft_config is not None:
         return add_adapter(policy, peft_config)
     check_adapter(policy)
+    return policy
+
+
+def _on_quantized(base: Any, peft_config: "PeftConfig") -> Any:
+    """A fresh adapter on a view of a quantized base, so that the model that was passed has none in it."""
+    policy = add_adapter(frozen_view(base), peft_config)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:  # of the base's own, such as biases
+            parameter.data = parameter.data.clone()
     return policy
 
 
@@ -151,7 +176,13 @@ def _load_named(name: str, *, merge: bool) -> PreTrainedModel:
     base = base_of_adapter(name)
     if base is None:
         return load_weights(AutoModelForCausalLM, name)
-    policy = load_adapter(load_weights(AutoModelForCausalLM, base), name, merge=merge)
+    model = load_weights(AutoModelForCausalLM, base)
+    if merge and is_quantized(model):
+        raise ValueError(
+            f"The base {base!r} of the adapter {name!r} is quantized, and merging would round the adapter away. Leave "
+            f"peft_config out to go on training this adapter."
+        )
+    policy = load_adapter(model, name, merge=merge)
     what = "merged into it, and a new one is trained" if merge else "trained on"
     print_once(f"Adapter: {name!r} on the base model {base!r}, {what}.")
     return policy

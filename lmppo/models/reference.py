@@ -47,7 +47,7 @@ class Reference:
             with self._adapter():  # peft marks what it has switched off as not trained
                 self._frozen = _freeze_trained(self.model)
         with self._adapter():
-            self.language_model = LanguageModel(self.model)
+            self.language_model = LanguageModel(self.model, "ref_model" if ref_model is not None else "model")
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Tensor:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lmppo.models.loading import frozen_view
 from lmppo.protocols import Tokenizer
 
 if TYPE_CHECKING:
@@ -56,6 +55,9 @@ class ClassifierReward:
         max_length: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        from lmppo.models.loading import frozen_view
+        from lmppo.models.quantized import check_quantized
+
         if output not in OUTPUTS:
             raise ValueError(f"output={output!r} is not one of {', '.join(OUTPUTS)}.")
         if batch_size < 1:
@@ -63,6 +65,7 @@ class ClassifierReward:
         self.model = _load_classifier(str(model)) if isinstance(model, str | Path) else frozen_view(model)
         source = str(model) if isinstance(model, str | Path) else str(getattr(model.config, "_name_or_path", ""))
         self.__name__ = Path(source).name or type(self.model).__name__
+        check_quantized(self.model, self.__name__)
         self.tokenizer = copy.deepcopy(processing_class or _load_tokenizer(source))
         self.tokenizer.truncation_side = "left"
         self.output = output

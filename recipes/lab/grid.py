@@ -77,6 +77,7 @@ class Problem:
             support=Support.of_all(n, grid.ids.shape[1]),
             logprobs=self.logprobs,
             ref_logprobs=self.logprobs,
+            ref_support_logprobs=torch.zeros_like(self.logprobs),
             values=values.unsqueeze(-1),
             scores=self.rewards.unsqueeze(-1),
             kl_penalty=torch.zeros_like(self.logprobs),

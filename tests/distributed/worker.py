@@ -14,7 +14,7 @@ from lmppo.trainer import PPOTrainer
 RUNS = {
     "shared": {},
     "separate": {"critic_learning_rate": 2e-2},
-    "lora": {"ent_coef": 0.05, "top_p": 0.9, "learning_rate": 3e-2},
+    "lora": {"ent_coef": 0.05, "top_p": 0.9, "learning_rate": 3e-2, "kl_form": "k3_both"},
     "warm-up": {"critic_warmup_steps": 1, "weight_decay": 0.1, "target_kl": 10.0, "kl_target": 0.05, "kl_horizon": 40},
     "kl-penalty": {
         "objective": "kl_penalty",
@@ -62,8 +62,8 @@ def train(root, name):
     rank = trainer.accelerator.process_index
     tensors = {f"weights/{n}": tensor for n, tensor in weights(trainer).items()}
     for i, scored in enumerate(seen):
-        for field in ("prompt_ids", "completion_ids", "completion_mask", "logprobs", "ref_logprobs", "values", "scores",
-                      "ended"):  # fmt: skip
+        for field in ("prompt_ids", "completion_ids", "completion_mask", "logprobs", "ref_logprobs",
+                      "ref_support_logprobs", "kl_penalty", "values", "scores", "ended"):  # fmt: skip
             record = scored.rollout.tokens if hasattr(scored.rollout.tokens, field) else scored.rollout
             tensors[f"rollout{i}/{field}"] = getattr(record, field).contiguous()
         tensors[f"rollout{i}/support"] = supports(scored.rollout).contiguous()

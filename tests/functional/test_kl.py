@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ragged import mask_of, modest, numbers, ragged, tensor
 
 from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3, kl_shaped_rewards
+from lmppo.functional.kl import ALL_TOKENS
 
 # Two policies over two tokens: p = (1/2, 1/2) and q = (1/4, 3/4).
 P = tensor([1 / 2, 1 / 2])
@@ -133,6 +134,27 @@ def test_exact_kl_on_a_support():
     assert logits.grad[2].item() == ref_logits.grad[2].item() == 0.0
 
 
+def test_exact_kl_of_a_support_to_a_reference_of_all_tokens():
+    """q as it is, with what it gives to the tokens outside: the KL over the support, plus -log of q's share of it."""
+    support = torch.tensor([True, True, False])
+    logits, ref = tensor([0.0, 0.0, math.nan]), tensor([1 / 8, 3 / 8, 1 / 2]).log()
+    # 1/2 log (1/2)/(1/8) + 1/2 log (1/2)/(3/8)
+    value = exact_kl(logits, ref, support=support, ref_support=ALL_TOKENS)
+    assert value.item() == pytest.approx(0.5 * math.log(4) + 0.5 * math.log(4 / 3))
+    assert value.item() == pytest.approx(exact_kl(logits, ref, support=support).item() - math.log(1 / 2))
+    # any support of its own: that of the first and the last token leaves out one that p can choose
+    assert exact_kl(logits, ref, support=support, ref_support=torch.tensor([True, False, True])).item() == math.inf
+    assert torch.equal(exact_kl(P.log(), Q.log(), ref_support=ALL_TOKENS), exact_kl(P.log(), Q.log()))
+
+
+def test_k3_with_a_support_by_hand():
+    """q/p - q(S) - log q/p: for q = (1/8, 3/8) on a support of mass 1/2, and without one when q(S) = 1."""
+    q, half = tensor([1 / 8, 3 / 8]), tensor([1 / 2, 1 / 2])
+    expected = tensor([1 / 4 - 1 / 2 + math.log(4), 3 / 4 - 1 / 2 + math.log(4 / 3)])
+    torch.testing.assert_close(kl_k3(P.log(), q.log(), ref_support_logprobs=half.log()), expected)
+    assert torch.equal(kl_k3(P.log(), Q.log(), ref_support_logprobs=torch.zeros(2)), kl_k3(P.log(), Q.log()))
+
+
 def test_exact_kl_at_probability_zero():
     """Where p = 0 nothing is paid, whatever q is; q = 0 where p > 0 is infinitely far."""
     certain, even = tensor([0.0, -math.inf]).requires_grad_(), tensor([0.0, 0.0])
@@ -215,5 +237,9 @@ def test_bad_arguments():
             estimator(kl, torch.zeros(2))
     with pytest.raises(ValueError, match=r"exact_kl: ref_logits must have shape \(2, 3\)"):
         exact_kl(kl, torch.zeros(2, 4))
+    with pytest.raises(ValueError, match=r"kl_k3: ref_support_logprobs must have shape \(2, 3\).*got \(2,\)"):
+        kl_k3(kl, kl, ref_support_logprobs=torch.zeros(2))
+    with pytest.raises(TypeError, match="exact_kl: support must be a torch.bool tensor"):
+        exact_kl(kl, kl, ref_support=torch.ones(3))
     with pytest.raises(ValueError, match="exact_kl: temperature must be positive"):
         exact_kl(kl, kl, temperature=0.0)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ragged import modest, numbers, tensor
 
-from lmppo.functional import token_entropy, token_logprobs, token_logprobs_and_entropy
+from lmppo.functional import support_logprobs, token_entropy, token_logprobs, token_logprobs_and_entropy
 
 # exp of these is 1, 2, 5: probabilities 1/8, 2/8, 5/8.
 LOGITS = tensor([0.0, math.log(2), math.log(5)])
@@ -41,6 +41,31 @@ def test_by_hand(options, probabilities):
     torch.testing.assert_close(every_token(LOGITS, **options), expected.log())
     entropy = -sum(p * math.log(p) for p in probabilities if p > 0)
     assert token_entropy(LOGITS, **options).item() == pytest.approx(entropy, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "mass"),
+    [
+        ({}, 1.0),
+        ({"support": torch.tensor([True, False, True])}, 6 / 8),
+        ({"support": torch.tensor([True, False, True]), "temperature": 0.5}, 26 / 30),
+        ({"support": torch.tensor([False, True, False])}, 2 / 8),
+        ({"support": torch.tensor([True, True, True])}, 1.0),
+    ],
+)
+def test_the_mass_of_a_support_by_hand(options, mass):
+    """The share of all tokens' probability that is left, in the leading axes' order."""
+    assert support_logprobs(LOGITS, **options).item() == pytest.approx(math.log(mass), abs=1e-12)
+    got = support_logprobs(torch.stack([LOGITS, torch.zeros(3).double()]), **options)
+    assert got.shape == (2,) and got[0].item() == pytest.approx(math.log(mass), abs=1e-12)
+
+
+def test_a_small_mass_and_one_near_1_are_right_in_float32():
+    """As logs: 1e-26 of a support is not 0, and what is missing to 1 is not rounded away by logits of -130."""
+    logits = torch.tensor([0.0, 60.0])
+    assert support_logprobs(logits, support=torch.tensor([True, False])).item() == pytest.approx(-60.0)
+    shifted = torch.tensor([-130.0, -125.0, -120.0])
+    assert support_logprobs(shifted, support=torch.tensor([True, True, True])).item() == 0.0
 
 
 def test_entropy_by_hand():
@@ -202,6 +227,8 @@ def test_bad_arguments():
             token_entropy(logits, temperature=temperature)
     with pytest.raises(TypeError, match="token_entropy: support must be a torch.bool tensor"):
         token_entropy(logits, support=nothing_left.float())
+    with pytest.raises(TypeError, match="support_logprobs: logits must be a float tensor"):
+        support_logprobs(tokens)
     with pytest.raises(ValueError, match=r"support must broadcast to the shape of logits, \(2, 3, 5\), got \(3, 2"):
         token_entropy(logits, support=torch.ones(3, 2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"at least one token at every position, got none at 1, the first at \(1, 2\)"):

@@ -43,7 +43,8 @@ def test_the_public_list_is_complete():
         for name, thing in vars(sys.modules[f"lmppo.functional.{module}"]).items()
         if inspect.isfunction(thing) and not name.startswith("_") and thing.__module__ == f"lmppo.functional.{module}"
     }
-    assert set(exported) == defined | {"token_logprobs", "token_entropy", "token_logprobs_and_entropy"}
+    of_logprobs = {"support_logprobs", "token_logprobs", "token_entropy", "token_logprobs_and_entropy"}
+    assert set(exported) == defined | of_logprobs
 
 
 def test_scalars_are_keyword_only_and_shapes_are_documented():

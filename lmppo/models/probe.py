@@ -1,0 +1,181 @@
+"""The probe: before any work, a model must read padded batches as it reads each row alone.
+
+Every model that reads tokens is tried on a few short rows of different lengths, padded on the left, against each row
+alone, without padding, mask, positions or cache; and a later token that is changed must move nothing before it. What
+transformers and its models do wrong here would otherwise be trained on without a word.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmppo.checks import rounding_tolerance
+from lmppo.models.inputs import inputs_of, kind_of
+from lmppo.models.quantized import compute_precision
+from lmppo.records import Tokens
+
+Outputs = Sequence[Tensor]
+"""What a model computes of some tokens: tensors ``(B, S, ...)``, padded positions included."""
+
+Read = Callable[..., Outputs]
+"""A model's forward pass: from ``input_ids`` and other arguments to its outputs."""
+
+STEPS = 3
+"""Completion tokens of each row of the probe."""
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose numbers would be wrong: it is refused before any work."""
+
+
+def probe_tokens(config: Any, device: torch.device) -> Tokens:
+    """Three rows of 3, n and 5 prompt tokens and ``STEPS`` more: n = 9, or past a window or chunk of up to 64 tokens.
+
+    Fewer where the model's context is shorter. The tokens are none that the configuration names: not padding, nor the
+    end of a text, nor what stands for an image.
+
+    Args:
+        config: The model's.
+        device: Where its weights are.
+    """
+    text = config.get_text_config(decoder=True)
+    numbers = {name: n for name, n in text.to_dict().items() if type(n) is int}
+    windows = [n for name, n in numbers.items() if ("window" in name or "chunk" in name) and 2 <= n <= 64]
+    context = min([n for name, n in numbers.items() if name in _CONTEXTS and n > 0], default=10**6)
+    longest = max(2, min(max([9, *(n + 5 for n in windows)]), context - STEPS))
+    lengths = [min(3, longest), longest, min(5, longest)]
+    named = {n for c in (config, text) for name, n in c.to_dict().items() if "token" in name and type(n) is int}
+    plain = torch.tensor([i for i in range(text.vocab_size) if i not in named])
+    plain = plain if len(plain) > 1 else torch.arange(text.vocab_size)
+    picks = plain[(torch.arange(3 * (longest + STEPS)) * 7919 + 13) % 104729 % len(plain)].view(3, -1)
+    places = torch.arange(longest)
+    mask = torch.stack([places >= longest - n for n in lengths])
+    ids = torch.where(mask, picks[:, :longest], 0)
+    completions = picks[:, longest:]
+    tensors = (ids, mask, completions, torch.ones_like(completions, dtype=torch.bool))
+    return Tokens(*(x.to(device) for x in tensors))
+
+
+_CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "seq_length")
+
+
+def read_alone(read: Read, tokens: Tokens) -> list[Outputs]:
+    """Each row's outputs without padding, mask, positions or cache, ``(1, n + STEPS, ...)``."""
+    lengths = tokens.attention_mask.sum(dim=1).tolist()
+    return [read(input_ids=row[None, -n:]) for row, n in zip(tokens.input_ids, lengths, strict=True)]
+
+
+def check_causal(read: Read, tokens: Tokens, alone: list[Outputs], model: Any, name: str) -> None:
+    """A later token that is changed moves nothing before it.
+
+    Args:
+        read: The model's forward pass.
+        tokens: The probe's.
+        alone: What the model computes of each row alone.
+        model: The model.
+        name: How messages name it.
+
+    Raises:
+        UnsupportedModelError: It does.
+    """
+    row = int(tokens.prompt_mask.sum(dim=1).argmax())
+    ids = tokens.input_ids[row : row + 1].clone()
+    at = ids.shape[1] - 2
+    ids[0, at] = ids[0, at - 1] if ids[0, at - 1] != ids[0, at] else ids[0, 0]
+    error = excess(read(input_ids=ids), alone[row], model, slice(0, at))
+    if error.too_large:
+        raise UnsupportedModelError(
+            f"{name} is a {kind_of(model)} that reads later tokens: changing one moved what it computes of earlier "
+            f"tokens by {error}. Give a causal model; an encoder such as BERT is one with config.is_decoder=True."
+        )
+
+
+def find_first_position(
+    read: Read, tokens: Tokens, alone: list[Outputs], model: Any, name: str, *, takes_positions: bool
+) -> int | None:
+    """The position that the model counts from, as its outputs tell: 0; after the padding's, as RoBERTa does; or None.
+
+    Args:
+        read: The model's forward pass.
+        tokens: The probe's.
+        alone: What the model computes of each row alone.
+        model: The model.
+        name: How messages name it.
+        takes_positions: Whether it can be told positions at all.
+
+    Returns:
+        The position of a row's first token; None: the model needs no position ids, or takes none.
+
+    Raises:
+        UnsupportedModelError: None of them gives in a padded batch what it computes of each row alone.
+    """
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    after_padding = [padding + 1] if isinstance(padding, int) and padding >= 0 else []
+    candidates = [0, *after_padding, None] if takes_positions else [None]
+    errors = []
+    for first in candidates:
+        batch = read(**inputs_of(tokens, first))
+        errors.append(largest(_errors_of_rows(batch, alone, model)))
+        if not errors[-1].too_large:
+            return first
+    best = min(errors, key=lambda d: d.ratio)
+    raise UnsupportedModelError(
+        f"{name} is a {kind_of(model)}, which computes something else of a row when it is padded: a difference of "
+        f"{best}. Its numbers would be wrong in every batch of prompts of different lengths"
+        f"{'' if takes_positions else ' (it takes no position_ids)'}. Choose a model of another family."
+    )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference between two sets of outputs, and the largest one that rounding explains."""
+
+    size: float
+    allowed: float
+
+    @property
+    def ratio(self) -> float:
+        """The difference in units of the allowed one; NaN, which nothing explains, is infinitely many."""
+        return float("inf") if math.isnan(self.size) else self.size / self.allowed
+
+    @property
+    def too_large(self) -> bool:
+        """Whether it is more than rounding."""
+        return self.ratio > 1
+
+    def __str__(self) -> str:
+        return f"{self.size:.2g} (rounding explains {self.allowed:.0e})"
+
+
+def largest(differences: Iterable[Difference]) -> Difference:
+    """The one that is furthest beyond what is allowed."""
+    return max(differences, key=lambda d: d.ratio)
+
+
+def excess(outputs: Outputs, expected: Outputs, model: Any, places: slice = slice(None)) -> Difference:
+    """The difference that exceeds its tolerance most, over all outputs at some positions.
+
+    Args:
+        outputs: What is compared.
+        expected: What it is compared with.
+        model: Its precision decides the tolerance.
+        places: The positions.
+    """
+    found = []
+    for ours, theirs in zip(outputs, expected, strict=True):
+        a, b = ours[:, places].float(), theirs[:, places].float()
+        impossible = (a == float("-inf")) & (b == float("-inf"))
+        size = (a - b).masked_fill(impossible, 0.0).abs().amax().item()
+        magnitude = b.masked_fill(b.isinf(), 0.0).abs().amax().item()
+        found.append(Difference(size, rounding_tolerance(magnitude, compute_precision(model))))
+    return largest(found)
+
+
+def _errors_of_rows(batch: Outputs, alone: list[Outputs], model: Any) -> list[Difference]:
+    """The differences of a padded batch from its rows alone."""
+    lengths = [row[0].shape[1] for row in alone]
+    return [excess([x[i : i + 1, -n:] for x in batch], alone[i], model) for i, n in enumerate(lengths)]
