@@ -65,7 +65,8 @@ class PPOTrainer:
         reward_processing_classes: Tokenizers of the reward models.
         peft_config: Train a fresh adapter.
         ref_model: The reference, if it is not the policy as it is now.
-        critic: None: a value head on the policy's trunk. Otherwise a token-classification model, or a model's name.
+        critic: None: the critic that another run has left beside ``model``, else a fresh value head on the policy's
+            trunk. Otherwise a token-classification model, or a model's name.
         callbacks: transformers callbacks, or their classes.
         run_settings: Other settings that affect results: kept in ``run_config.yaml``, and a run is not resumed with others.
         reward_streams: In place of ``reward_funcs``: several kinds of reward, each with its own discount and its own
@@ -109,7 +110,9 @@ class PPOTrainer:
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
         policy: Any = load_policy(model, peft_config).to(device)
         check_trainable(policy, self.args.objective)
-        self.processing_class = processing_class or load_tokenizer(policy.config._name_or_path)
+        origin = str(model) if isinstance(model, str | Path) else policy.config._name_or_path
+        named = origin if (Path(origin) / "tokenizer_config.json").exists() else policy.config._name_or_path
+        self.processing_class = processing_class or load_tokenizer(named)  # an adapter may have none beside it
         if isinstance(ref_model, str):
             ref_model = load_policy(ref_model)
         self.reference = Reference(policy, ref_model)
@@ -124,7 +127,9 @@ class PPOTrainer:
 
         # The critic, the prompts and the optimizer.
         params = SamplingParams.of(self.args, self.processing_class, policy)
-        actor_critic = make_actor_critic(policy, critic, self.args, self.processing_class, n_streams=len(self.streams))
+        actor_critic = make_actor_critic(
+            policy, critic, self.args, self.processing_class, n_streams=len(self.streams), origin=origin
+        )
         prepare_recomputation(actor_critic, self.args)
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
@@ -332,8 +337,11 @@ class PPOTrainer:
     def save_model(self, output_dir: str | Path) -> None:
         """Write the policy as a plain Hugging Face model with its tokenizer, and the critic beside it.
 
-        An adapter is merged, and also kept as it is in ``adapter/``. Files of the same names are replaced when the new
-        ones are whole; whatever else is in ``output_dir`` stays.
+        An adapter is merged, and also kept as it is in ``adapter/``. An earlier export is replaced when the new one is
+        whole; whatever else is in ``output_dir`` stays.
+
+        Raises:
+            ExportError: What was written gives other logits than the policy, and was not kept.
         """
         self.run.save_model(output_dir)
 

@@ -265,3 +265,9 @@ def test_an_adapter_by_name_is_merged_before_a_new_one(adapter, capsys, targets)
     ids = torch.tensor([[1, 2, 3]])
     torch.testing.assert_close(policy(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-5)
     assert Reference(policy).adapter_off
+
+
+def test_a_pickled_adapter_is_refused(adapter):
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(OSError, match=r"pickled weights only \(adapter_model\.bin\)"):
+        load_policy(str(adapter))

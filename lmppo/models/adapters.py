@@ -5,6 +5,7 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,10 +100,16 @@ def load_adapter(base: Any, name: str, *, merge: bool = False) -> Any:
     """A model with the adapter of a directory or of the Hub on it, to be trained on, or merged.
 
     Raises:
+        OSError: Its weights are pickled.
         ValueError: It is to be merged, and that is not possible.
     """
     from peft import PeftModel
 
+    if (Path(name) / "adapter_model.bin").exists() and not (Path(name) / "adapter_model.safetensors").exists():
+        raise OSError(
+            f"{name!r} holds pickled weights only (adapter_model.bin), which can run code when loaded. Convert them once: "
+            f"load the adapter with peft and save_pretrained() it again."
+        )
     policy = PeftModel.from_pretrained(base, name, is_trainable=True)
     check_adapter(policy)
     if not merge:

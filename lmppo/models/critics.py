@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -204,7 +205,13 @@ def _no_load_report() -> Iterator[None]:
 
 
 def make_actor_critic(
-    policy: CausalLM, critic: Any, args: AdvantageSettings, tokenizer: Tokenizer | None = None, *, n_streams: int
+    policy: CausalLM,
+    critic: Any,
+    args: AdvantageSettings,
+    tokenizer: Tokenizer | None = None,
+    *,
+    n_streams: int,
+    origin: str = "",
 ) -> ActorCritic:
     """Policy and critic; without a use for the critic its head stays as it is.
 
@@ -214,15 +221,62 @@ def make_actor_critic(
         args: The configuration.
         tokenizer: The policy's.
         n_streams: Number of reward streams.
+        origin: The directory that the policy is from. A critic that another run has left there is taken over if it
+            fits and ``critic`` is None; a line says so.
 
     Raises:
         ValueError: A critic is given, and the baseline uses none; or its labels or vocabulary do not fit.
         OSError: The critic cannot be loaded.
     """
-    if critic is not None and not args.uses_critic:
-        raise ValueError(f"baseline={args.baseline!r} uses no critic: leave critic out, or set baseline='critic'.")
-    own = None if critic is None else load_critic(critic, policy, n_streams, tokenizer=tokenizer)
-    model = ActorCritic(policy, own, n_streams)
     if not args.uses_critic:
+        if critic is not None:
+            raise ValueError(f"baseline={args.baseline!r} uses no critic: leave critic out, or set baseline='critic'.")
+        model = ActorCritic(policy, None, n_streams)
         model.value_head.requires_grad_(False)
+        return model
+    left = _left_by_a_run(origin)
+    if critic is not None:
+        own = load_critic(critic, policy, n_streams, tokenizer=tokenizer)
+    else:
+        own = _take_over_critic(left, policy, n_streams, tokenizer)
+    model = ActorCritic(policy, own, n_streams)
+    if own is None:
+        _take_over_head(left, model.value_head)
     return model
+
+
+def _left_by_a_run(origin: str) -> dict[str, Path]:
+    """What of a critic lies beside a policy that another run has exported, or beside its ``adapter/``."""
+    directory = Path(origin)
+    places = [directory] + ([directory.parent] if (directory / "adapter_config.json").exists() else [])
+    names = ("critic", "value_head.safetensors")
+    return {name: place / name for place in places for name in names if origin and (place / name).exists()}
+
+
+def _take_over_critic(
+    left: dict[str, Path], policy: CausalLM, n_streams: int, tokenizer: Tokenizer | None
+) -> PreTrainedModel | None:
+    path = left.get("critic")
+    if path is None:
+        return None
+    try:
+        critic = load_critic(str(path), policy, n_streams, tokenizer=tokenizer)
+    except (ValueError, OSError) as error:
+        print_once(f"Critic: a new value head, as the critic in {path} does not fit. {error}")
+        return None
+    print_once(f"Critic: taken over from {path}.")
+    return critic
+
+
+def _take_over_head(left: dict[str, Path], head: nn.Linear) -> None:
+    path = left.get("value_head.safetensors")
+    if path is None:
+        return
+    saved = load_file(path)
+    shapes = {name: list(tensor.shape) for name, tensor in saved.items()}
+    expected = {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
+    if shapes != expected:
+        print_once(f"Critic: a new value head, as the one in {path} does not fit: {shapes}, expected {expected}.")
+        return
+    head.load_state_dict(saved)
+    print_once(f"Critic: the value head is taken over from {path}.")

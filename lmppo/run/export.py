@@ -16,8 +16,9 @@ from transformers.utils import logging as hf_logging
 from lmppo.checks import rounding_tolerance
 from lmppo.models import ActorCritic, load_weights
 from lmppo.models.adapters import copy_to, merge_adapter, probe_logits, trained_beside
-from lmppo.models.loading import is_quantized, plain_model, print_once
+from lmppo.models.loading import plain_model, print_once
 from lmppo.models.names import state_of, uncompiled
+from lmppo.models.quantized import is_quantized
 from lmppo.protocols import Tokenizer
 
 # What an export writes, by the beginnings of the names; the tokenizer's files are among what is replaced by name alone.
@@ -222,9 +223,12 @@ def _remove(path: Path) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' reports of what it saves and loads."""
-    before = hf_logging.get_verbosity()
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        hf_logging.set_verbosity(before)
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
