@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 
 # The environments of `make demo` and `make test`.
 EXTRAS_demo := data,plots
-EXTRAS_test := data,plots,train,tracking,dev
+EXTRAS_test := data,plots,train,tracking,quantized,dev
 
 .PHONY: demo test families setup lint types format clean
 

@@ -15,7 +15,7 @@ from transformers.trainer_callback import TrainerState
 from lmppo.checks import check_reference
 from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3, support_logprobs, token_logprobs
 from lmppo.functional.kl import ALL_TOKENS
-from lmppo.models import ActorCritic, Reference, score_tokens
+from lmppo.models import ActorCritic, Reference, compute_precision, score_tokens
 from lmppo.processes import raised_together
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
 from lmppo.protocols import Tokenizer
@@ -87,6 +87,7 @@ class Collector:
         self.params = params
         self.config = config
         self.accelerator = accelerator
+        self.precision = compute_precision(self.actor_critic.policy, accelerator.mixed_precision)
         self.trainer_state = trainer_state
 
     def collect(self, prompts: PromptBatch, iteration: int, *, purpose: int = ROLLOUT) -> ScoredRollout:
@@ -113,7 +114,7 @@ class Collector:
         with raised_together(self.accelerator, "The rollout"):
             with self.accelerator.autocast():
                 samples = sample(self.actor_critic, prompt_ids, prompt_mask, noise, self.params, values=learning)
-                if self.accelerator.mixed_precision != "no":  # the sampler's matrix shapes round differently
+                if self.precision != "no":  # the sampler's matrix shapes round differently
                     samples = replace(samples, logprobs=self._score_tokens(samples))
                 under_reference = self._under_reference(samples, measure)
                 bootstrap_values = samples.values.new_zeros(len(samples), samples.values.shape[-1])

@@ -19,7 +19,7 @@ def make_optimizer(model: ActorCritic, args: OptimizerSettings) -> torch.optim.A
     if not groups[0]["params"]:
         raise ValueError(
             "The policy has no trainable parameters. Load an adapter with PeftModel.from_pretrained(..., "
-            "is_trainable=True), and give the reference as a model of its own, not the policy itself."
+            "is_trainable=True)."
         )
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW(

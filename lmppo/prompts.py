@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lmppo.context import usable_context
+from lmppo.models import vocab_size_of
 from lmppo.protocols import Tokenizer
 from lmppo.rewards.protocol import REWARD_ARGUMENTS
 from lmppo.settings import SamplingSettings
@@ -366,7 +367,7 @@ def make_prompt_encoder(tokenizer: Tokenizer, readers: dict[str, Any], args: Sam
     Raises:
         ValueError: The tokenizer has tokens that the policy does not know.
     """
-    vocab_size = readers["model"].get_input_embeddings().num_embeddings
+    vocab_size = vocab_size_of(readers["model"])
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens and the model's embedding {vocab_size} rows: they do not "

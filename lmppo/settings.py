@@ -42,6 +42,10 @@ class RunSettings(Settings):
         "accelerate launch sets 1).",
     )
     bf16: bool = knob(False, "Run forward passes in bfloat16 autocast; weights stay float32.")
+    gradient_checkpointing: bool = knob(
+        False,
+        "Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +329,10 @@ class UpdateSettings(
         yield (
             self.objective == "trpo" and self.bf16,
             "objective='trpo' measures KLs that are smaller than the rounding of bfloat16: leave bf16 out.",
+        )
+        yield (
+            self.objective == "trpo" and self.gradient_checkpointing,
+            "objective='trpo' differentiates twice, which gradient_checkpointing does not allow: leave it out.",
         )
         yield (
             self.objective == "policy_gradient" and self.target_kl is not None,

@@ -23,8 +23,10 @@ from lmppo.functional import approx_kl
 from lmppo.launch import make_accelerator
 from lmppo.loss import Penalties
 from lmppo.metrics import critic_metrics, rollout_metrics
-from lmppo.models import ActorCritic, Reference, load_policy
+from lmppo.models import ActorCritic, Reference, compute_precision, load_policy
 from lmppo.models.critics import make_actor_critic
+from lmppo.models.quantized import check_trainable
+from lmppo.models.recomputation import prepare_recomputation
 from lmppo.optimizer import make_optimizer, set_learning_rates
 from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
 from lmppo.protocols import Tokenizer
@@ -53,7 +55,7 @@ class PPOTrainer:
     """Token-level PPO with a critic for a causal language model.
 
     Args:
-        model: Hub id or directory of the policy, or the model itself (also with a peft adapter).
+        model: Hub id or directory of the policy or of an adapter to go on with, or the model itself (also a PeftModel).
         reward_funcs: One or several reward functions in trl's protocol, or names of one-label classifiers.
         args: The configuration.
         train_dataset: Rows with a ``prompt`` (text, chat messages or token ids); the reward functions get the other
@@ -61,10 +63,11 @@ class PPOTrainer:
         eval_dataset: The same, for :meth:`evaluate`.
         processing_class: The policy's tokenizer; loaded from the model's name if not given.
         reward_processing_classes: Tokenizers of the reward models.
-        peft_config: Train an adapter; the reference is then the same model with the adapter off.
+        peft_config: Train a fresh adapter.
         ref_model: The reference, if it is not the policy as it is now.
-        critic: None: a value head on the policy's trunk. Otherwise a model or its name: a critic, a reward model or a
-            language model, whose values start as the critic's, as the rewards, or at 0; a model that is given is copied.
+        critic: None: the critic that another run has left beside ``model``, else a fresh value head on the policy's trunk.
+            Otherwise a model or its name: a critic, a reward model or a language model, whose values start as the
+            critic's, as the rewards, or at 0; a model that is given is copied.
         callbacks: transformers callbacks, or their classes.
         run_settings: Other settings that affect results: kept in ``run_config.yaml``, and a run is not resumed with others.
         reward_streams: In place of ``reward_funcs``: several kinds of reward, each with its own discount and its own
@@ -107,12 +110,14 @@ class PPOTrainer:
         # The models.
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
         policy: Any = load_policy(model, peft_config).to(device)
-        self.processing_class = processing_class or load_tokenizer(policy.config._name_or_path)
+        check_trainable(policy, self.args.objective)
+        origin = str(model) if isinstance(model, str | Path) else policy.config._name_or_path
+        named = origin if (Path(origin) / "tokenizer_config.json").exists() else policy.config._name_or_path
+        self.processing_class = processing_class or load_tokenizer(named)  # an adapter may have none beside it
         if isinstance(ref_model, str):
             ref_model = load_policy(ref_model)
-        self.reference = Reference(policy, None if ref_model is None else ref_model.to(device))
-        # A trained adapter that the user brings differs from the reference before any step; anything else may not.
-        self._kl_starts_at_zero = ref_model is None and (peft_config is not None or not hasattr(policy, "peft_config"))
+        self.reference = Reference(policy, ref_model)
+        self._kl_starts_at_zero = ref_model is None
         self._first_ratio_checked = False
 
         # The rewards.
@@ -123,7 +128,10 @@ class PPOTrainer:
 
         # The critic, the prompts and the optimizer.
         params = SamplingParams.of(self.args, self.processing_class, policy)
-        actor_critic = make_actor_critic(policy, critic, self.args, self.processing_class, n_streams=len(self.streams))
+        actor_critic = make_actor_critic(
+            policy, critic, self.args, self.processing_class, n_streams=len(self.streams), origin=origin
+        )
+        prepare_recomputation(actor_critic, self.args)
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
         self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
@@ -286,7 +294,8 @@ class PPOTrainer:
     def _tolerance(self, rollout: Rollout) -> float:
         """What rounding can make of a log-probability of this rollout."""
         largest = rollout.max_logit.max().item()
-        return self.args.step_zero_tolerance or rounding_tolerance(largest, self.accelerator.mixed_precision)
+        precision = compute_precision(self.actor_critic.policy, self.accelerator.mixed_precision)
+        return self.args.step_zero_tolerance or rounding_tolerance(largest, precision)
 
     def _finish_step(self, row: dict[str, float], scored: ScoredRollout) -> dict[str, float]:
         """Count the iteration, evaluate if it is time, and log."""
@@ -329,8 +338,11 @@ class PPOTrainer:
     def save_model(self, output_dir: str | Path) -> None:
         """Write the policy as a plain Hugging Face model with its tokenizer, and the critic beside it.
 
-        An adapter is merged, and also kept as it is in ``adapter/``. Files of the same names are replaced when the new
-        ones are whole; whatever else is in ``output_dir`` stays.
+        An adapter is merged, and also kept as it is in ``adapter/``. An earlier export is replaced when the new one is
+        whole; whatever else is in ``output_dir`` stays.
+
+        Raises:
+            ExportError: What was written gives other logits than the policy, and was not kept.
         """
         self.run.save_model(output_dir)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lmppo.checks import check_first_ratio, check_gradients
 from lmppo.loss import Penalties, ppo_loss
-from lmppo.models import HEADS, score_tokens
+from lmppo.models import HEADS, recomputing, score_tokens
 from lmppo.protocols import Optimizer
 from lmppo.records import Experience
 from lmppo.settings import UpdateSettings
@@ -166,7 +166,7 @@ def accumulate_gradients(
     micros = [micro for _, micro in own_rows.micro_batches(config.micro_batch_size)]
     for i, micro in enumerate(micros):
         with accelerator.no_sync(model) if i + 1 < len(micros) else nullcontext():
-            with accelerator.autocast():
+            with accelerator.autocast(), recomputing(model):
                 loss, sums = ppo_loss(model, micro, config, penalties, heads=heads, token_count=n_tokens)
             # DDP averages over processes; each process's loss is its share of the global mean, so undo that.
             (loss * accelerator.num_processes).backward()

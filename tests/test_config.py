@@ -84,8 +84,8 @@ BAD = {
     "log_completions": (-1,),
 }
 # Any text, any list and any bool is acceptable; reward_weights are checked with the reward functions they belong to.
-FREE = {"output_dir", "resume_from_checkpoint", "use_cpu", "bf16", "shuffle_dataset", "whiten_advantages",
-        "reward_weights", "report_to", "run_name", "disable_tqdm"}  # fmt: skip
+FREE = {"output_dir", "resume_from_checkpoint", "use_cpu", "bf16", "gradient_checkpointing", "shuffle_dataset",
+        "whiten_advantages", "reward_weights", "report_to", "run_name", "disable_tqdm"}  # fmt: skip
 FIELDS = {f.name: f for f in dataclasses.fields(PPOConfig) if f.name not in REPLACED}
 
 
@@ -152,6 +152,7 @@ CONTRADICTIONS = [
     ({"objective": "trpo", "target_kl": 0.1}, "objective='trpo' takes one step within trpo_max_kl"),
     ({"objective": "trpo", "kl_form": "exact_both"}, "objective='trpo' takes one step"),
     ({"objective": "trpo", "bf16": True}, "objective='trpo' measures KLs that are smaller than the rounding"),
+    ({"objective": "trpo", "gradient_checkpointing": True}, "objective='trpo' differentiates twice"),
     (
         WHOLE | {"objective": "policy_gradient", "target_kl": 0.1},
         "objective='policy_gradient' takes its one step at KL",

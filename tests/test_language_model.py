@@ -90,14 +90,15 @@ def test_the_head_gives_the_models_own_logits_to_the_bit(family):
 @pytest.mark.parametrize("target", LORA)
 def test_adapters_are_part_of_trunk_and_head(target):
     torch.manual_seed(0)
-    model = randomised(get_peft_model(gpt2(tie_word_embeddings=False), LoraConfig(r=2, **LORA[target])))
-    tokens = batch()
+    model = get_peft_model(gpt2(tie_word_embeddings=False), LoraConfig(r=2, **LORA[target]))
+    reference = Reference(model)
+    model, tokens = randomised(model), batch()
     adapted = own_forward(model, tokens)
     with model.disable_adapter():
         base = own_forward(model, tokens)
     assert (adapted - base).abs().max() > 1e-4
     assert torch.equal(ActorCritic(model).logits(tokens).detach(), adapted)
-    assert torch.equal(Reference(model).logits(tokens), base)
+    assert torch.equal(reference.logits(tokens), base)
     assert torch.equal(ActorCritic(model).logits(tokens).detach(), adapted), "the adapter is on again"
 
 

@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from lmppo.models.actor_critic import ActorCritic
+from lmppo.models.language_model import vocab_size_of
+from lmppo.models.loading import as_float32, print_once
+from lmppo.models.quantized import is_quantized
 from lmppo.models.token_values import as_token_values, load_token_values
 from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.settings import AdvantageSettings
@@ -51,8 +55,8 @@ def load_critic(
     decide.
 
     Args:
-        critic: A model, a directory or a Hub id. ``"auto:<directory or id>"`` asks for it only if its tokens are known
-            to be the policy's, and says on the main process what was decided.
+        critic: A model (a copy of it is trained), a directory or a Hub id. ``"auto:<directory or id>"`` asks for it only
+            if its tokens are known to be the policy's, and says on the main process what was decided.
         policy: The policy.
         n_streams: Number of reward streams.
         tokenizer: The policy's (default: the one beside its weights).
@@ -68,7 +72,10 @@ def load_critic(
         name = _name_of(critic)
         match = _compare(policy, tokenizer, _tokenizer_at(name, may_download=False), name)
         match.check()
-        return _checked(as_token_values(critic, n_streams), policy, n_streams, match)
+        if is_quantized(critic):
+            raise ValueError("critic is quantized, and all weights of a critic are trained: give one in float32.")
+        own = as_token_values(as_float32(critic, "critic"), n_streams)
+        return _checked(own, policy, n_streams, match)
     name = str(critic).removeprefix(AUTO)
     config = load_weights_config(name)  # first of all: with `auto:` too, a name that leads nowhere is an error
     match = _compare(policy, tokenizer, _tokenizer_at(name, may_download=True), name)
@@ -76,10 +83,10 @@ def load_critic(
         match.check()
         return _checked(load_token_values(name, config, n_streams), policy, n_streams, match)
     if match.unknown or match.difference:
-        _print_once(f"Critic: a value head on the policy's trunk, not {name!r}: {match.unknown or match.difference}.")
+        print_once(f"Critic: a value head on the policy's trunk, not {name!r}: {match.unknown or match.difference}.")
         return None
     loaded = _checked(load_token_values(name, config, n_streams), policy, n_streams, match)
-    _print_once(f"Critic: {name!r}, which reads the policy's tokens.")
+    print_once(f"Critic: {name!r}, which reads the policy's tokens.")
     return loaded
 
 
@@ -132,32 +139,34 @@ def _difference(tokens: dict[str, int], its_tokenizer: Tokenizer) -> str:
 
 
 def _checked(critic: Any, policy: CausalLM, n_streams: int, match: _Match) -> PreTrainedModel:
-    """The critic in float32, if its labels and the size of its vocabulary fit."""
+    """The critic, if its labels and the size of its vocabulary fit."""
+    if is_quantized(critic):
+        raise ValueError("critic is quantized, and all weights of a critic are trained: give one in float32.")
     if getattr(critic.config, "num_labels", None) != n_streams:
         raise ValueError(f"critic has {critic.config.num_labels} labels; expected {n_streams}, one per reward stream.")
-    n_vocab, n_policy = critic.get_input_embeddings().num_embeddings, policy.get_input_embeddings().num_embeddings
+    n_vocab, n_policy = vocab_size_of(critic), vocab_size_of(policy)
     if n_vocab < n_policy:
         raise ValueError(
             f"critic knows {n_vocab} tokens and the policy {n_policy}: they must share the tokenizer. Train the "
             f"critic's model with the policy's tokenizer, or leave critic out to share the policy's trunk."
         )
     if match.unknown and n_vocab != n_policy:
-        _print_once(f"Critic: it knows {n_vocab} tokens and the policy {n_policy}; {match.unknown}.")
-    return critic.float()
+        print_once(f"Critic: it knows {n_vocab} tokens and the policy {n_policy}; {match.unknown}.")
+    return critic
 
 
 def _name_of(model: Any) -> str:
     return str(getattr(model.config, "_name_or_path", ""))
 
 
-def _print_once(line: str) -> None:
-    """Print on the main process alone."""
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
-        print(line, flush=True)
-
-
 def make_actor_critic(
-    policy: CausalLM, critic: Any, args: AdvantageSettings, tokenizer: Tokenizer | None = None, *, n_streams: int
+    policy: CausalLM,
+    critic: Any,
+    args: AdvantageSettings,
+    tokenizer: Tokenizer | None = None,
+    *,
+    n_streams: int,
+    origin: str = "",
 ) -> ActorCritic:
     """Policy and critic; without a use for the critic its head stays as it is.
 
@@ -167,15 +176,62 @@ def make_actor_critic(
         args: The configuration.
         tokenizer: The policy's.
         n_streams: Number of reward streams.
+        origin: The directory that the policy is from. A critic that another run has left there is taken over if it
+            fits and ``critic`` is None; a line says so.
 
     Raises:
         ValueError: A critic is given, and the baseline uses none; or its labels or vocabulary do not fit.
         OSError: The critic cannot be loaded.
     """
-    if critic is not None and not args.uses_critic:
-        raise ValueError(f"baseline={args.baseline!r} uses no critic: leave critic out, or set baseline='critic'.")
-    own = None if critic is None else load_critic(critic, policy, n_streams, tokenizer=tokenizer)
-    model = ActorCritic(policy, own, n_streams)
     if not args.uses_critic:
+        if critic is not None:
+            raise ValueError(f"baseline={args.baseline!r} uses no critic: leave critic out, or set baseline='critic'.")
+        model = ActorCritic(policy, None, n_streams)
         model.value_head.requires_grad_(False)
+        return model
+    left = _left_by_a_run(origin)
+    if critic is not None:
+        own = load_critic(critic, policy, n_streams, tokenizer=tokenizer)
+    else:
+        own = _take_over_critic(left, policy, n_streams, tokenizer)
+    model = ActorCritic(policy, own, n_streams)
+    if own is None:
+        _take_over_head(left, model.value_head)
     return model
+
+
+def _left_by_a_run(origin: str) -> dict[str, Path]:
+    """What of a critic lies beside a policy that another run has exported, or beside its ``adapter/``."""
+    directory = Path(origin)
+    places = [directory] + ([directory.parent] if (directory / "adapter_config.json").exists() else [])
+    names = ("critic", "value_head.safetensors")
+    return {name: place / name for place in places for name in names if origin and (place / name).exists()}
+
+
+def _take_over_critic(
+    left: dict[str, Path], policy: CausalLM, n_streams: int, tokenizer: Tokenizer | None
+) -> PreTrainedModel | None:
+    path = left.get("critic")
+    if path is None:
+        return None
+    try:
+        critic = load_critic(str(path), policy, n_streams, tokenizer=tokenizer)
+    except (ValueError, OSError) as error:
+        print_once(f"Critic: a new value head, as the critic in {path} does not fit. {error}")
+        return None
+    print_once(f"Critic: taken over from {path}.")
+    return critic
+
+
+def _take_over_head(left: dict[str, Path], head: nn.Linear) -> None:
+    path = left.get("value_head.safetensors")
+    if path is None:
+        return
+    saved = load_file(path)
+    shapes = {name: list(tensor.shape) for name, tensor in saved.items()}
+    expected = {name: list(tensor.shape) for name, tensor in head.state_dict().items()}
+    if shapes != expected:
+        print_once(f"Critic: a new value head, as the one in {path} does not fit: {shapes}, expected {expected}.")
+        return
+    head.load_state_dict(saved)
+    print_once(f"Critic: the value head is taken over from {path}.")

@@ -122,6 +122,7 @@ class LanguageModel:
             hidden = widen(states.hidden)
             return self._head(self.trunk, hidden.to(weight.dtype) if weight.is_floating_point() else hidden)
 
+    @torch.compiler.disable  # it cannot follow a forward that is exchanged
     def _head(self, trunk: nn.Module, hidden: Tensor) -> Tensor:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         with _answering(trunk, self._output_class(last_hidden_state=hidden)):
@@ -165,3 +166,8 @@ def _answering(module: nn.Module, output: Any) -> Iterator[None]:
         del module.forward
         if own is not None:
             module.forward = own
+
+
+def vocab_size_of(model: Any) -> int:
+    """The number of rows of a model's embedding of tokens, also within what an adapter wraps around it."""
+    return int(model.get_input_embeddings().weight.shape[0])

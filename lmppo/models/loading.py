@@ -1,11 +1,17 @@
-"""Loading the weights of the policy, and of any other model."""
+"""Loading the weights of the policy, and of any other model; and what is made of models that are passed."""
 
+import copy
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from lmppo.models.adapters import add_adapter, base_of_adapter, check_adapter, load_adapter
+from lmppo.models.quantized import check_quantized, is_quantized, keep_weights, quantized_layers
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -37,28 +43,151 @@ def load_weights(auto_class: Any, name_or_path: str | None, **kwargs: Any) -> Pr
         ) from error
 
 
+def print_once(line: str) -> None:
+    """Print on the main process alone."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
+        print(line, flush=True)
+
+
+def plain_model(model: Any) -> Any:
+    """The model without its adapter's wrapper; the adapter's layers stay in it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def as_float32(model: Any, name: str) -> Any:
+    """The model itself if it is in float32; else a float32 copy of it, and a printed line.
+
+    Layers that are quantized stay as they are, and what is around them is in float32. ``model.float()`` is not enough:
+    tables that are not saved with the weights (the frequencies of rotary positions, the scale of an embedding) have been
+    rounded with them, and are computed anew from the configuration.
+
+    Args:
+        model: A model of transformers, plain or with a peft adapter; it stays as it is.
+        name: What it was passed as, for the line.
+
+    Raises:
+        ValueError: Its class cannot be built from its configuration, or it is quantized in a way that is not supported.
+    """
+    check_quantized(model, name)
+    quantized = {id(layer.weight) for layer in quantized_layers(model)}
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in quantized} - {torch.float32}
+    if not dtypes:
+        return model
+    kind = str(dtypes.pop()).removeprefix("torch.")
+    own = _view(model)
+    for parameter in own.parameters():
+        if id(parameter) not in quantized and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+    for module in own.modules():
+        floating = {key: b for key, b in module._buffers.items() if b is not None and b.is_floating_point()}
+        module._buffers |= {key: buffer.float() for key, buffer in floating.items()}
+    _compute_tables(own, name, kind)
+    what = "a copy whose other parts are float32" if quantized else "a float32 copy of it"
+    print_once(f"{name} is in {kind}: {what} is used, and the model that was passed stays as it is.")
+    return own
+
+
+def _compute_tables(own: Any, name: str, kind: str) -> None:
+    """Put what a model computes from its configuration in the place of what has been rounded."""
+    base = plain_model(own)
+    try:
+        with no_init_weights():  # only the tables are used
+            fresh: dict[str, Any] = dict(type(base)(copy.deepcopy(base.config)).named_modules())
+    except Exception as error:  # whatever a class needs beside its configuration
+        raise ValueError(
+            f"{name} is a {type(base).__name__} in {kind}, and cannot be rebuilt in float32 from its configuration "
+            f"({error}). Load it with dtype=torch.float32."
+        ) from error
+    for path, module in base.named_modules():
+        source: Any = fresh.get(_WRAPPERS.sub("", path))
+        for key in module._non_persistent_buffers_set if source else ():
+            if source._buffers.get(key) is not None:
+                module._buffers[key] = source._buffers[key].to(module._buffers[key].device)
+
+
+# What peft puts into the path of a module that it wraps.
+_WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
+
+
+def frozen_view(model: Any) -> Any:
+    """A model's weights in modules of our own, frozen and in evaluation mode; the one given stays as it is.
+
+    The weights are shared, so this takes no memory. Neither a mode, a flag nor a device that is set on the view reaches
+    the model.
+    """
+    return _view(model).requires_grad_(False).eval()
+
+
+def _view(model: Any) -> Any:
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    for layer in quantized_layers(model):
+        parts = (layer.weight, getattr(layer, "quant_state", None), getattr(layer, "state", None))
+        shared |= {id(part): part for part in parts if part is not None}
+    own = copy.deepcopy(model, shared)
+    keep_weights(own)
+    return own
+
+
+def check_not_trained(ref_model: nn.Module, policy: Any) -> None:
+    """Refuse a reference that would move with the policy.
+
+    Raises:
+        ValueError: They share a weight that is trained.
+    """
+    trained = {p.data_ptr(): name for name, p in policy.named_parameters() if p.requires_grad and p.numel()}
+    shared = next((trained[p.data_ptr()] for p in ref_model.parameters() if p.data_ptr() in trained), None)
+    if shared is not None:
+        raise ValueError(
+            f"ref_model shares {shared} with the policy, which trains it. Leave ref_model out, and the reference is the "
+            f"policy as it is now; or give the reference as a model of its own, not the policy itself."
+        )
+
+
 def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None" = None) -> nn.Module:
     """The policy: loaded if named, float32, with a fresh adapter if ``peft_config`` is given.
 
+    The name may be that of an adapter, which is then trained on; with ``peft_config``, it is merged first. A model that
+    is passed in another type stays as it is, and a float32 copy of it is the policy.
+
     Raises:
         OSError: The model cannot be loaded.
-        ValueError: An adapter is asked for on a model that has one, or starts from something other than the identity.
+        ValueError: An adapter is asked for on a model that has one, or its method is one that lmppo does not support.
         TypeError: ``model`` is neither a name nor a model that can generate.
     """
-    policy = load_weights(AutoModelForCausalLM, str(model)) if isinstance(model, str | Path) else model
+    policy = _load_named(str(model), merge=peft_config is not None) if isinstance(model, str | Path) else model
     if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
         raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
-    policy = policy.float()
-    if peft_config is None:
-        return policy
-    from peft import PeftModel, get_peft_model
+    policy = as_float32(policy, "model")
+    if peft_config is not None and is_quantized(policy):
+        return _on_quantized(policy, peft_config)
+    keep_weights(policy)
+    if peft_config is not None:
+        return add_adapter(policy, peft_config)
+    check_adapter(policy)
+    return policy
 
-    if isinstance(policy, PeftModel):
-        raise ValueError("model has an adapter already: leave peft_config out to go on training that one.")
-    starts_changed = getattr(peft_config, "init_lora_weights", True) not in (True, "gaussian", "orthogonal")
-    if starts_changed:
+
+def _on_quantized(base: Any, peft_config: "PeftConfig") -> Any:
+    """A fresh adapter on a view of a quantized base, so that the model that was passed has none in it."""
+    policy = add_adapter(frozen_view(base), peft_config)
+    for parameter in policy.parameters():
+        if parameter.requires_grad:  # of the base's own, such as biases
+            parameter.data = parameter.data.clone()
+    return policy
+
+
+def _load_named(name: str, *, merge: bool) -> PreTrainedModel:
+    """A model, or an adapter on its base; ``merge``: the adapter merged into it, so that a new one can follow."""
+    base = base_of_adapter(name)
+    if base is None:
+        return load_weights(AutoModelForCausalLM, name)
+    model = load_weights(AutoModelForCausalLM, base)
+    if merge and is_quantized(model):
         raise ValueError(
-            f"init_lora_weights={peft_config.init_lora_weights!r} changes the base weights, so the model with its "
-            f"adapter off would not be the reference: use True or 'gaussian'."
+            f"The base {base!r} of the adapter {name!r} is quantized, and merging would round the adapter away. Leave "
+            f"peft_config out to go on training this adapter."
         )
-    return get_peft_model(policy, peft_config, autocast_adapter_dtype=False)
+    policy = load_adapter(model, name, merge=merge)
+    what = "merged into it, and a new one is trained" if merge else "trained on"
+    print_once(f"Adapter: {name!r} on the base model {base!r}, {what}.")
+    return policy

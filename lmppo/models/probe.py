@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmppo.checks import rounding_tolerance
 from lmppo.models.inputs import Positions, inputs_of, kind_of
+from lmppo.models.quantized import compute_precision
 from lmppo.records import Tokens
 
 Outputs = Sequence[Tensor]
@@ -178,11 +179,5 @@ def excess(outputs: Outputs, expected: Outputs, model: Any, places: slice = slic
         impossible = (a == float("-inf")) & (b == float("-inf"))
         size = (a - b).masked_fill(impossible, 0.0).abs().amax().item()
         magnitude = b.masked_fill(b.isinf(), 0.0).abs().amax().item()
-        found.append(Difference(size, rounding_tolerance(magnitude, precision_of(model))))
+        found.append(Difference(size, rounding_tolerance(magnitude, compute_precision(model))))
     return largest(found)
-
-
-def precision_of(model: Any) -> str:
-    """What the model computes in, as accelerate names it: ``bf16`` if any of its weights has 16 bits, else ``no``."""
-    half = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
-    return "bf16" if half else "no"

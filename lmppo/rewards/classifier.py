@@ -31,7 +31,7 @@ class ClassifierReward:
 
     Args:
         model: A directory, a Hub id or a loaded ``AutoModelForSequenceClassification``. Loading takes safetensors
-            only, in float32.
+            only, in float32; a loaded model stays as it is, type, mode and device.
         processing_class: The classifier's tokenizer (default: the one saved with the model).
         output: ``"logit"``, ``"log_odds"`` or ``"probability"``.
         label: Name or index of the label to reward. Default: the only one; with several, the last one, except for
@@ -56,13 +56,17 @@ class ClassifierReward:
         max_length: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        from lmppo.models.loading import frozen_view
+        from lmppo.models.quantized import check_quantized
+
         if output not in OUTPUTS:
             raise ValueError(f"output={output!r} is not one of {', '.join(OUTPUTS)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        self.model = _load_classifier(str(model)) if isinstance(model, str | Path) else model
+        self.model = _load_classifier(str(model)) if isinstance(model, str | Path) else frozen_view(model)
         source = str(model) if isinstance(model, str | Path) else str(getattr(model.config, "_name_or_path", ""))
         self.__name__ = Path(source).name or type(self.model).__name__
+        check_quantized(self.model, self.__name__)
         self.tokenizer = copy.deepcopy(processing_class or _load_tokenizer(source))
         self.tokenizer.truncation_side = "left"
         self.output = output
@@ -71,7 +75,7 @@ class ClassifierReward:
         self.max_length = self._allowed_length(max_length)
         self._n_embeddings = int(self.model.get_input_embeddings().weight.size(0))
         self._check_vocabulary()
-        self.model = self.model.to(device).eval() if device is not None else self.model.eval()
+        self.model = self.model.to(device) if device is not None else self.model
 
     def __call__(
         self, prompts: list, completions: list, completion_ids: list[list[int]] | None = None, **kwargs: Any
@@ -169,7 +173,7 @@ def _load_classifier(name: str) -> "PreTrainedModel":
             f"{name!r} has no trained classification head (missing: {', '.join(sorted(info['missing_keys']))}), so it "
             "would score at random. Train one on it: python -m reward_models.train_classifier, or trl's RewardTrainer."
         )
-    return model
+    return model.eval()
 
 
 def _check_place(name: str) -> None:

@@ -1,18 +1,18 @@
 """Checkpoints: everything an exact resume needs, in safetensors and JSON, checked by SHA-256, never pickled.
 
-``checkpoints/step-000120/`` holds ``policy/`` (a Hugging Face directory, or an adapter), ``value_head.safetensors`` or
+``checkpoints/step-000120/`` holds ``policy/`` (a Hugging Face directory, or an adapter and what of the base model is
+trained beside it), ``value_head.safetensors`` or
 ``critic/``, ``optimizer.safetensors``, ``state.json``, and ``MANIFEST.json`` with every file's size and hash. It is
 written under a temporary name, and renamed when it is whole. There is no random state to save: the noise of sampling,
 prompt order and minibatch order is a function of the seed and the iteration.
 """
 
-import copy
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lmppo.models import ActorCritic, load_weights
+from lmppo.models.adapters import trained_beside
+from lmppo.models.names import parameters_of, state_of, uncompiled
 from lmppo.protocols import Tokenizer
+from lmppo.run.export import save_adapter, save_critic
 
 FORMAT_VERSION = 2  # of run directories and their checkpoints: 2 since kl_form
+_BESIDE = "trained_beside.safetensors"  # the base model's weights that are trained beside an adapter
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -63,8 +67,8 @@ def save_checkpoint(
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    model.policy.save_pretrained(temporary / "policy")
-    _save_critic(model, temporary)
+    _save_policy(uncompiled(model.policy), temporary / "policy")
+    save_critic(model, temporary)
     tokenizer.save_pretrained(temporary / "policy")
     save_file(optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
@@ -79,35 +83,14 @@ def save_checkpoint(
     _sync(target.parent)
 
 
-def _save_critic(model: ActorCritic, directory: Path) -> None:
-    if model.value_head is not None:
-        save_file(model.value_head.state_dict(), directory / "value_head.safetensors")
+def _save_policy(policy: Any, directory: Path) -> None:
+    if hasattr(policy, "peft_config"):
+        save_adapter(policy, directory)
+        beside = {name: p.detach().contiguous() for name, p in trained_beside(policy).items()}
+        if beside:
+            save_file(beside, directory / _BESIDE)
     else:
-        model.critic.save_pretrained(directory / "critic")
-
-
-def export_model(model: ActorCritic, directory: Path, tokenizer: Tokenizer) -> None:
-    """The policy as a plain Hugging Face model (an adapter merged, and kept in ``adapter/``), tokenizer, critic."""
-    if hasattr(model.policy, "peft_config"):
-        model.policy.save_pretrained(directory / "adapter")
-        copy.deepcopy(model.policy).merge_and_unload().save_pretrained(directory)
-    else:
-        model.policy.save_pretrained(directory)
-    _save_critic(model, directory)
-    tokenizer.save_pretrained(directory)
-
-
-def replace_model(model: ActorCritic, target: Path, tokenizer: Tokenizer) -> None:
-    """:func:`export_model` to a directory that may exist: its files change places when the new ones are whole."""
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    export_model(model, temporary, tokenizer)
-    if target.exists():
-        shutil.copytree(temporary, target, dirs_exist_ok=True)
-        shutil.rmtree(temporary)
-    else:
-        temporary.rename(target)
+        policy.save_pretrained(directory, state_dict=state_of(policy))
 
 
 def load_checkpoint(source: Path, model: ActorCritic, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -126,23 +109,26 @@ def load_checkpoint(source: Path, model: ActorCritic, optimizer: torch.optim.Opt
 
 
 def _load_model(model: ActorCritic, directory: Path) -> None:
-    if hasattr(model.policy, "peft_config"):
-        _load_adapter(model.policy, directory / "policy")
+    policy = uncompiled(model.policy)
+    if hasattr(policy, "peft_config"):
+        _load_adapter(policy, directory / "policy")
     else:
-        _load_into(model.policy, directory / "policy")
+        _load_into(policy, directory / "policy")
     if model.value_head is not None:
-        model.value_head.load_state_dict(load_file(directory / "value_head.safetensors"))
+        _put(state_of(model.value_head), load_file(directory / "value_head.safetensors"), directory)
     else:
-        _load_into(model.critic, directory / "critic")
+        _load_into(uncompiled(model.critic), directory / "critic")
 
 
 def _load_adapter(policy: Any, directory: Path) -> None:
     from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     name = policy.active_adapter
-    weights = load_peft_weights(str(directory if name == "default" else directory / name), device="cpu")
+    weights = load_peft_weights(str(directory), device="cpu")
     _check_fit(get_peft_model_state_dict(policy, adapter_name=name), weights, directory)
     set_peft_model_state_dict(policy, weights, adapter_name=name)
+    beside = directory / _BESIDE
+    _put(trained_beside(policy), load_file(beside) if beside.exists() else {}, directory)
 
 
 def _load_into(module: PreTrainedModel, directory: Path) -> None:
@@ -152,12 +138,18 @@ def _load_into(module: PreTrainedModel, directory: Path) -> None:
         raise CheckpointError(
             f"{directory} does not fit this model: it is a {family}, not a {module.config.model_type}."
         )
-    saved = load_weights(type(module), str(directory)).state_dict()
-    _check_fit(module.state_dict(), saved, directory)
-    module.load_state_dict(saved)
+    _put(state_of(module), load_weights(type(module), str(directory)).state_dict(), directory)
 
 
-def _check_fit(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], directory: Path) -> None:
+@torch.no_grad()
+def _put(own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], directory: Path) -> None:
+    """Copy saved tensors into a model's own."""
+    _check_fit(own, saved, directory)
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def _check_fit(own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor], directory: Path) -> None:
     differing = sorted(
         n for n in set(own) | set(saved) if n not in own or n not in saved or own[n].shape != saved[n].shape
     )
@@ -170,7 +162,7 @@ def _check_fit(own: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], dir
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """AdamW's state as named tensors: ``{parameter}/{step, exp_avg, exp_avg_sq}``."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in parameters_of(model).items()}
     return {
         f"{names[id(p)]}/{key}": torch.as_tensor(value).contiguous()
         for p, entries in optimizer.state.items()
@@ -184,7 +176,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     Raises:
         CheckpointError: A saved entry belongs to no parameter of the model.
     """
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     optimizer.state.clear()
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)

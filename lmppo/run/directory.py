@@ -14,11 +14,12 @@ from lmppo.run.checkpoint import (
     newest_valid_checkpoint,
     verify_checkpoint,
 )
+from lmppo.run.export import old_of
 
 # Settings that may change when a run is resumed: they affect what is shown and kept, not what is learned.
 FREE_SETTINGS = {
-    "output_dir", "max_steps", "resume_from_checkpoint", "use_cpu", "cpu_threads", "micro_batch_size",
-    "logging_steps", "eval_steps", "eval_completions", "save_steps", "save_rollouts", "save_total_limit",
+    "output_dir", "max_steps", "resume_from_checkpoint", "use_cpu", "cpu_threads", "gradient_checkpointing",
+    "micro_batch_size", "logging_steps", "eval_steps", "eval_completions", "save_steps", "save_rollouts", "save_total_limit",
     "log_completions", "report_to", "run_name", "disable_tqdm", "watch_funcs",
 }  # fmt: skip
 
@@ -86,8 +87,15 @@ def find_resume_point(output_dir: str | Path, resume: str | bool | None, setting
 
 
 def discard_unsaved(output_dir: str | Path) -> None:
-    """Remove what an interrupted save or final export left behind."""
-    for leftover in [Path(output_dir) / ".tmp-final", *(Path(output_dir) / "checkpoints").glob(".tmp-step-*")]:
+    """Remove what an interrupted save or final export left behind; an export that was being replaced is put back."""
+    final = Path(output_dir) / "final"
+    if old_of(final).exists() and not final.exists():
+        old_of(final).rename(final)
+    for leftover in [
+        Path(output_dir) / ".tmp-final",
+        old_of(final),
+        *(Path(output_dir) / "checkpoints").glob(".tmp-step-*"),
+    ]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -17,6 +17,7 @@ from lmppo.models import ActorCritic
 from lmppo.protocols import Stateful, Tokenizer
 from lmppo.run import checkpoint as ckpt
 from lmppo.run.directory import changed_settings, discard_unsaved, find_resume_point, write_run_config
+from lmppo.run.export import plan_export, replace_model
 from lmppo.run.metrics_file import MetricsFile
 from lmppo.tables import print_completions
 
@@ -35,6 +36,9 @@ class Run:
         stateful: What else a resumed run needs, by name: objects with ``state_dict`` and ``load_state_dict``.
         settings: What this run is, beyond its configuration: a run is not continued with another one.
         callbacks: transformers callbacks, or their classes.
+
+    Raises:
+        ValueError: Something cannot be saved.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Run:
         self.stateful = stateful
         self.settings = config.to_dict() | describe_model(model) | settings
         self.callbacks = make_callbacks(callbacks)
+        self.export_plan = plan_export(model, tokenizer)
         self.directory = Path(config.output_dir)
         self.metrics_file = MetricsFile(self.directory / "metrics.jsonl")
         self.completions_file = MetricsFile(self.directory / "completions.jsonl")
@@ -131,7 +136,7 @@ class Run:
     def save_model(self, output_dir: str | Path) -> None:
         """Export the policy, its tokenizer and the critic; see :meth:`lmppo.PPOTrainer.save_model`."""
         if self.accelerator.is_main_process:
-            ckpt.replace_model(self.model, Path(output_dir), self.tokenizer)
+            replace_model(self.model, Path(output_dir), self.tokenizer, self.export_plan)
         self.accelerator.wait_for_everyone()
 
     def fire(self, event: str, **kwargs: Any) -> None:
