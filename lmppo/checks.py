@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 # Nats of rounding in a log-probability, and the |logit| up to which that bound holds; beyond it grows in proportion.
-_ROUNDING = {"no": (1e-4, 20.0), "bf16": (1e-2, 1.0)}
+_ROUNDING = {"no": (1e-4, 20.0), "bf16": (1e-2, 1.0), "fp16": (1e-2, 1.0), "int8": (1e-1, 1.0)}
 
 
 class StepZeroError(RuntimeError):
@@ -26,7 +26,7 @@ def rounding_tolerance(max_logit: float, precision: str = "no") -> float:
 
     Args:
         max_logit: The largest |logit| of the distributions.
-        precision: As accelerate names mixed precision: ``no`` or ``bf16``.
+        precision: What is computed in: ``no`` (float32), ``bf16``, ``fp16``, or ``int8`` for layers quantized to 8 bits.
     """
     nats, scale = _ROUNDING[precision]
     return nats * max(1.0, max_logit / scale)

@@ -76,7 +76,7 @@ def trpo_update(
         NonFiniteError: The gradient or the curvature is not finite, or the curvature not positive; nothing changed.
         ValueError: The policy is sharded, or its attention cannot be differentiated twice.
     """
-    batch = PolicyBatch(accelerator.unwrap_model(model).policy, experience, config, accelerator)
+    batch = PolicyBatch(accelerator.unwrap_model(model).language_model, experience, config, accelerator)
     start = after = batch.measure(*itertools.tee(batch.logits({})))  # new and old are the same
     if first_ratio_tolerance is not None:
         check_first_ratio(start, first_ratio_tolerance)
@@ -180,7 +180,7 @@ class PolicyBatch:
     by micro-batch; those of all of the process's rows, ``(B, T, V)``, exist at once in the line search, the old policy's.
 
     Args:
-        policy: The policy; its present parameters are the old ones.
+        language_model: The policy; its present parameters are the old ones.
         experience: The whole batch.
         config: Gives temperature and micro-batch size.
         accelerator: Reduces over processes.
@@ -190,11 +190,15 @@ class PolicyBatch:
     """
 
     def __init__(
-        self, policy: CausalLM, experience: Experience, config: TRPOUpdateSettings, accelerator: Accelerator
+        self,
+        language_model: LanguageModel,
+        experience: Experience,
+        config: TRPOUpdateSettings,
+        accelerator: Accelerator,
     ) -> None:
-        self.policy = _Logits(policy, accelerator)
+        self.policy = _Logits(language_model, accelerator)
         self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
-        _check_differentiable(policy, self.parameters)
+        _check_differentiable(language_model.model, self.parameters)
         own_rows = experience.rows(slice(accelerator.process_index, None, accelerator.num_processes))
         self.micros = [micro for _, micro in own_rows.micro_batches(config.micro_batch_size)]
         self.n_tokens = max(1, int(experience.completion_mask.sum()))
@@ -274,10 +278,10 @@ class _Logits(nn.Module):
     The fused kernels of scaled_dot_product_attention cannot; its plain one can, and computes what eager attention does.
     """
 
-    def __init__(self, policy: CausalLM, accelerator: Accelerator) -> None:
+    def __init__(self, language_model: LanguageModel, accelerator: Accelerator) -> None:
         super().__init__()
-        self.policy = policy
-        self.language_model = LanguageModel(policy)
+        self.policy = language_model.model
+        self.language_model = language_model
         self.autocast = accelerator.autocast
 
     def forward(self, micro: Experience) -> Tensor:

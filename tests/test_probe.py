@@ -142,6 +142,11 @@ class Refused:
 
         return randomised(Centred(gpt2().config)), "Centred, which computes something else of a row when it is padded"
 
+    def broken():
+        model = gpt2()
+        model.transformer.ln_f.bias.data[0] = float("nan")
+        return model, "GPT2LMHeadModel whose outputs are not finite"
+
     def raising():
         class Broken(GPT2LMHeadModel):
             def forward(self, **kwargs):
@@ -163,6 +168,17 @@ def test_what_cannot_be_right_is_refused_by_name(tmp_path, case):
     with pytest.raises(UnsupportedModelError, match=message):
         make_trainer(tmp_path, model=model)
     assert not list(tmp_path.iterdir()), "before any work"
+
+
+def test_a_compiled_model_is_run_as_it_was_before(tmp_path, capsys):
+    compiled = torch.compile(gpt2(), backend="eager")
+    trainer = make_trainer(tmp_path, model=compiled, ref_model=torch.compile(gpt2(), backend="eager"))
+    assert "model is compiled: lmppo runs the model within, uncompiled." in capsys.readouterr().out
+    trainer.train()
+    plain = make_trainer(tmp_path / "plain", ref_model=gpt2())
+    plain.train()
+    for ours, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_reference_is_probed_too(tmp_path):

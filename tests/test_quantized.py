@@ -39,8 +39,8 @@ KINDS = {
     "nf4": (NF4 | {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": FLOAT}, FLOAT, "no"),
     "nf4, compute in bf16": (NF4 | {"bnb_4bit_compute_dtype": BF16}, FLOAT, "bf16"),
     "nf4 in bf16": (NF4 | {"bnb_4bit_compute_dtype": BF16}, BF16, "bf16"),
-    "int8": (INT8, FLOAT, "fp8"),
-    "int8 in bf16": (INT8, BF16, "fp8"),
+    "int8": (INT8, FLOAT, "int8"),
+    "int8 in bf16": (INT8, BF16, "int8"),
 }
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
@@ -140,7 +140,7 @@ def test_the_policy_computes_what_a_plain_model_of_the_same_weights_does(saved, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_it_computes_in_decides_the_tolerances(saved, kind):
     assert compute_precision(adapted(saved, kind).policy, "no") == KINDS[kind][2]
-    assert compute_precision(adapted(saved, kind).policy, "bf16") == ("fp8" if "int8" in kind else "bf16")
+    assert compute_precision(adapted(saved, kind).policy, "bf16") == ("int8" if "int8" in kind else "bf16")
     assert compute_precision(llama(), "no") == "no"
 
 

@@ -353,11 +353,10 @@ def test_a_weight_that_breaks_stops_the_run_and_is_never_saved(tmp_path):
 
 
 def test_a_broken_reference_stops_the_run_before_the_step(tmp_path):
-    reference = gpt2(seed=6)
-    with torch.no_grad():
-        reference.transformer.ln_f.bias[0] = math.nan
-    trainer = make_trainer(tmp_path, ref_model=reference)
+    trainer = make_trainer(tmp_path, ref_model=gpt2(seed=6))
     before = weights(trainer)
+    with torch.no_grad():
+        trainer.reference.model.transformer.ln_f.bias[0] = math.nan
     with pytest.raises(NonFiniteError):
         trainer.train()
     assert_same(weights(trainer), before)

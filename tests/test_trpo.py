@@ -100,7 +100,7 @@ def surrogate_by_definition(model, experience, temperature=1.0):
 
 
 def batch_of(model, experience, **settings):
-    return PolicyBatch(model.policy, experience, config(**settings), ACCELERATOR)
+    return PolicyBatch(model.language_model, experience, config(**settings), ACCELERATOR)
 
 
 def assert_near(actual, expected, family):

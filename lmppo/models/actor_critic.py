@@ -22,6 +22,7 @@ from lmppo.models.probe import (
     Outputs,
     UnsupportedModelError,
     check_causal,
+    check_finite,
     find_positions,
     probe_tokens,
     read_alone,
@@ -162,6 +163,7 @@ def probe_critic(critic: PreTrainedModel) -> Positions:
     tokens = probe_tokens(critic.config, device)
     with torch.autocast(device.type, enabled=False):
         alone = read_alone(read, tokens)
+        check_finite(alone, critic, "critic")
         check_causal(read, tokens, alone, critic, "critic")
         told = takes(critic.base_model, "position_ids")
         return find_positions(read, tokens, alone, critic, "critic", takes_positions=told)

@@ -17,6 +17,7 @@ from lmppo.models.probe import (
     Outputs,
     UnsupportedModelError,
     check_causal,
+    check_finite,
     find_positions,
     one_line,
     probe_tokens,
@@ -87,6 +88,7 @@ class LanguageModel:
                     f"{name} is a {kind}, which cannot read a few tokens as a causal language model does "
                     f"({one_line(error)}): expected a model that AutoModelForCausalLM loads."
                 ) from error
+            check_finite(alone, self.model, name)
             check_causal(self.outputs, tokens, alone, self.model, name)
             told = takes(self.model if self.trunk is None else self.trunk, "position_ids")
             positions = find_positions(self.outputs, tokens, alone, self.model, name, takes_positions=told)

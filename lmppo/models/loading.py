@@ -54,8 +54,17 @@ def plain_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def uncompiled(model: Any, name: str) -> Any:
+    """The model that torch.compile has wrapped, and a printed line; any other as it is."""
+    inner = getattr(model, "_orig_mod", None)
+    if inner is None:
+        return model
+    print_once(f"{name} is compiled: lmppo runs the model within, uncompiled.")
+    return inner
+
+
 def as_float32(model: Any, name: str) -> Any:
-    """The model itself if it is in float32; else a float32 copy of it, and a printed line.
+    """The model itself, uncompiled, if it is in float32; else a float32 copy of it, and a printed line.
 
     Layers that are quantized stay as they are, and what is around them is in float32. ``model.float()`` is not enough:
     tables that are not saved with the weights (the frequencies of rotary positions, the scale of an embedding) have been
@@ -68,6 +77,7 @@ def as_float32(model: Any, name: str) -> Any:
     Raises:
         ValueError: Its class cannot be built from its configuration, or it is quantized in a way that is not supported.
     """
+    model = uncompiled(model, name)
     check_quantized(model, name)
     quantized = {id(layer.weight) for layer in quantized_layers(model)}
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in quantized} - {torch.float32}
@@ -154,7 +164,8 @@ def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None"
         ValueError: An adapter is asked for on a model that has one, or its method is one that lmppo does not support.
         TypeError: ``model`` is neither a name nor a model that can generate.
     """
-    policy = _load_named(str(model), merge=peft_config is not None) if isinstance(model, str | Path) else model
+    named = isinstance(model, str | Path)
+    policy = _load_named(str(model), merge=peft_config is not None) if named else uncompiled(model, "model")
     if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
         raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
     policy = as_float32(policy, "model")

@@ -69,6 +69,19 @@ def read_alone(read: Read, tokens: Tokens) -> list[Outputs]:
     return [read(input_ids=row[None, -n:]) for row, n in zip(tokens.input_ids, lengths, strict=True)]
 
 
+def check_finite(alone: list[Outputs], model: Any, name: str) -> None:
+    """No NaN, and no row of infinities: a logit of -inf is a token that the model itself rules out.
+
+    Raises:
+        UnsupportedModelError: There is one.
+    """
+    if not all(output.amax(dim=-1).isfinite().all() for row in alone for output in row):
+        raise UnsupportedModelError(
+            f"{name} is a {kind_of(model)} whose outputs are not finite, with a few plain tokens: its weights are broken. "
+            f"Load or train it anew."
+        )
+
+
 def check_causal(read: Read, tokens: Tokens, alone: list[Outputs], model: Any, name: str) -> None:
     """Later tokens that are changed move nothing before them.
 

@@ -87,7 +87,7 @@ def keep_weights(model: nn.Module) -> None:
 
 
 def compute_precision(model: nn.Module, mixed_precision: str = "no") -> str:
-    """What a model computes in, as accelerate names precisions: ``no`` (float32), ``bf16``, ``fp16`` or ``fp8``.
+    """What a model computes in, as accelerate names precisions: ``no`` (float32), ``bf16``, ``fp16``; or ``int8``.
 
     Args:
         model: The model. One with weights of 16 bits, or a quantized one, computes in less than float32 by itself; layers
@@ -99,7 +99,7 @@ def compute_precision(model: nn.Module, mixed_precision: str = "no") -> str:
     types: set[Any] = {p.dtype for p in model.parameters() if id(p) not in quantized}
     types |= {getattr(layer, "compute_dtype", torch.int8) for layer in layers}
     if torch.int8 in types:
-        return "fp8"
+        return "int8"
     if torch.bfloat16 in types:
         return "bf16"
     return "fp16" if torch.float16 in types else mixed_precision
