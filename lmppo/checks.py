@@ -22,7 +22,8 @@ class StepZeroError(RuntimeError):
 def rounding_tolerance(max_logit: float, precision: str = "no") -> float:
     """The largest difference, in nats, that rounding alone can make between two log-probabilities of one token.
 
-    ``1e-4 * max(1, max_logit / 20)`` in float32, ``1e-2 * max(1, max_logit)`` in bfloat16
+    ``1e-4 * max(1, max_logit / 20)`` in float32, ``1e-2 * max(1, max_logit)`` in 16 bits, ten times
+    that with layers of 8 bits
 
     Args:
         max_logit: The largest |logit| of the distributions.

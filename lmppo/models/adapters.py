@@ -24,6 +24,9 @@ _NEEDS_MORE = {
     "POLY": "needs the task of each row",
     "XLORA": "computes how to mix its adapters in a pass of its own before each pass",
 }
+# Layers whose weights the kernels of these families read by themselves: peft refuses to adapt them.
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+_NOT_ADAPTED = ["conv1d", "out_proj"]
 
 
 def check_adapter(policy: Any) -> None:
@@ -82,6 +85,9 @@ def add_adapter(policy: Any, peft_config: "PeftConfig") -> Any:
             f"init_lora_weights={init!r} changes the base weights, so the exported adapter would not fit the model "
             f"that it was made for: use True or 'gaussian'."
         )
+    if peft_config.target_modules == "all-linear" and policy.config.model_type in _MAMBA:
+        peft_config = copy.copy(peft_config)
+        peft_config.exclude_modules = _NOT_ADAPTED
     return get_peft_model(policy, peft_config)
 
 
