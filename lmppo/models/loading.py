@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,17 +120,23 @@ def _compute_tables(own: Any, name: str, kind: str) -> None:
 _WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")
 
 
-def frozen_view(model: Any) -> Any:
+def frozen_view(model: Any, copied: Collection[nn.Parameter] = ()) -> Any:
     """A model's weights in modules of our own, frozen and in evaluation mode; the one given stays as it is.
 
     The weights are shared, so this takes no memory. Neither a mode, a flag nor a device that is set on the view reaches
     the model.
+
+    Args:
+        model: The model.
+        copied: Weights that are not shared: the view has them as they are now.
     """
-    return _view(model).requires_grad_(False).eval()
+    return _view(model, copied).requires_grad_(False).eval()
 
 
-def _view(model: Any) -> Any:
-    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+def _view(model: Any, copied: Collection[nn.Parameter] = ()) -> Any:
+    cloned = {id(p) for p in copied}
+    weights = {p: p.detach().clone() if id(p) in cloned else p.detach() for p in model.parameters()}
+    shared: dict[int, Any] = {id(p): nn.Parameter(weight, p.requires_grad) for p, weight in weights.items()}
     for layer in quantized_layers(model):
         parts = (layer.weight, getattr(layer, "quant_state", None), getattr(layer, "state", None))
         shared |= {id(part): part for part in parts if part is not None}
