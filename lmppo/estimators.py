@@ -1,5 +1,6 @@
 """From a rollout to the rewards, advantages and returns the update needs: the math of `lmppo.functional`, by name."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -138,6 +139,9 @@ def estimate(
         config: Gives estimator, baseline, gamma, the lambdas, truncation and whitening.
         streams: Each stream's own gamma and lambda (default: the configuration's for all).
 
+    Warns:
+        UserWarning: Every advantage is 0: nothing can be learned, as from one token that is whitened.
+
     Raises:
         RuntimeError: ``truncation='mask'``, and every completion was cut: there is nothing to learn from.
     """
@@ -158,6 +162,13 @@ def estimate(
     if config.whiten_advantages:
         scale = 1.0 / (variance + 1e-8) ** 0.5
         advantages = masked_whiten(advantages, mask)
+    if not advantages.any():
+        warnings.warn(
+            f"Every advantage of this rollout is 0 (tokens that count: {int(mask.sum())}), so the policy learns nothing from "
+            f"it. A whitened advantage is 0 where one token counts, or where all are alike: raise rollout_batch_size or "
+            f"max_completion_length, set whiten_advantages=False, or look at the rewards.",
+            stacklevel=2,
+        )
     returns = torch.stack([_critic_targets(view, config) for view in views], dim=-1)
     return Estimate(mask, advantages, returns, scale, metrics)
 

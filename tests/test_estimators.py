@@ -1,6 +1,7 @@
 """From a rollout to advantages and returns, each against its definition written out with loops."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -277,3 +278,13 @@ def test_a_critic_of_immediate_rewards_is_judged_by_them(rollout, rewards):
     rollout = dataclasses.replace(rollout, values=rewards)
     metrics = estimate(rollout, rewards, config("immediate_rewards", baseline="auto")).metrics
     assert metrics["critic/explained_variance"] == pytest.approx(1.0) and metrics["critic/trusted"] == 1.0
+
+
+def test_a_rollout_that_teaches_nothing_says_so():
+    """One token that counts: its whitened advantage is 0, whatever the reward."""
+    one = make_rollout(prompt=("11",), completion=("1",))
+    with pytest.warns(UserWarning, match=r"Every advantage of this rollout is 0 \(tokens that count: 1\)"):
+        assert not estimate(one, torch.ones(1, 1, 1), config("rewards_to_go", whiten_advantages=True)).advantages.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert estimate(one, torch.ones(1, 1, 1), config("rewards_to_go")).advantages.any()

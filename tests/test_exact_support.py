@@ -118,7 +118,7 @@ def listed_of(monkeypatch, tmp_path):
         models = [tiny_gpt2(VOCAB, seed=seed, n_layer=1, n_embd=8, initializer_range=0.25).eval() for seed in (4, 1)]
         prompt = [1, 2]
         listed = Listed(name, *models, prompt)
-        monkeypatch.setattr(lmppo.collector, "sample", lambda *args: listed.samples(prompt))
+        monkeypatch.setattr(lmppo.collector, "sample", lambda *args, values: listed.samples(prompt))
         trainer = make_trainer(
             tmp_path, model=models[0], ref_model=models[1], reward=reward, dataset=[{"prompt": prompt}],
             tokenizer=letter_tokenizer("abc"), max_completion_length=HORIZON, temperature=TEMPERATURE, kl_coef=BETA,

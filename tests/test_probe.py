@@ -230,14 +230,14 @@ def test_the_probe_goes_past_a_window():
 
 
 def test_the_tokens_of_the_probe():
-    tokens = probe_tokens(gpt2().config, torch.device("cpu"))
+    tokens = probe_tokens(gpt2())
     assert tokens.prompt_mask.sum(dim=1).tolist() == [3, 16, 5]
     assert tokens.completion_ids.shape == (3, STEPS)
     assert not (tokens.input_ids[tokens.attention_mask] == EOS).any(), "no token that ends or pads"
     windowed = MistralConfig(sliding_window=30, **ENCODER | {"max_position_embeddings": 100})
-    assert probe_tokens(windowed, torch.device("cpu")).prompt_ids.shape[1] == 30 + 16 + PADDING
+    assert probe_tokens(MistralForCausalLM(windowed)).prompt_ids.shape[1] == 30 + 16 + PADDING
     short = gpt2(n_positions=8)
-    assert probe_tokens(short.config, torch.device("cpu")).input_ids.shape[1] == 8
+    assert probe_tokens(short).input_ids.shape[1] == 8
     ActorCritic(short)
 
 

@@ -159,9 +159,8 @@ def probe_critic(critic: PreTrainedModel) -> Positions:
         out = critic(**inputs, output_hidden_states=True)
         return [out.logits, out.hidden_states[-1]]
 
-    device = next(iter(critic.parameters())).device
-    tokens = probe_tokens(critic.config, device)
-    with torch.autocast(device.type, enabled=False):
+    tokens = probe_tokens(critic)
+    with torch.autocast(tokens.prompt_ids.device.type, enabled=False):
         alone = read_alone(read, tokens)
         check_finite(alone, critic, "critic")
         check_causal(read, tokens, alone, critic, "critic")

@@ -108,7 +108,7 @@ def needs_step_masks(language_model: LanguageModel, name: str = "model") -> bool
 
 def _decode_error(language_model: LanguageModel, masks_steps: bool) -> Difference:
     """How far the logits over the cache, row 1 dropped after its first token, are from each row alone."""
-    tokens = probe_tokens(language_model.model.config, next(iter(language_model.model.parameters())).device)
+    tokens = probe_tokens(language_model.model)
     alone = read_alone(language_model.outputs, tokens)
     rows = torch.arange(len(alone), device=tokens.prompt_ids.device)
     decoder = Decoder(language_model, tokens.prompt_ids, tokens.prompt_mask, masks_steps=masks_steps)

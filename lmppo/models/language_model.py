@@ -77,10 +77,9 @@ class LanguageModel:
             raise UnsupportedModelError(
                 f"{name} is a {kind}, an encoder and a decoder: expected a causal language model."
             )
-        device = next(iter(self.model.parameters())).device
-        tokens = probe_tokens(self.model.config, device)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(next(iter(self.model.parameters())).device.type, enabled=False):
             try:
+                tokens = probe_tokens(self.model)
                 self.trunk = self._find_trunk(tokens)
                 alone = read_alone(self.outputs, tokens)
             except Exception as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lmppo.checks import rounding_tolerance
+from lmppo.context import usable_context
 from lmppo.models.inputs import Positions, inputs_of, kind_of
 from lmppo.models.quantized import compute_precision
 from lmppo.records import Tokens
@@ -32,21 +33,22 @@ class UnsupportedModelError(ValueError):
     """A model whose numbers would be wrong: it is refused before any work."""
 
 
-def probe_tokens(config: Any, device: torch.device) -> Tokens:
+def probe_tokens(model: Any) -> Tokens:
     """Three rows of 3, n and 5 prompt tokens and ``STEPS`` more: n = 16, or past a window or chunk of up to 64 tokens.
 
     Fewer where the model's context is shorter. The tokens are none that the configuration names: not padding, nor the
     end of a text, nor what stands for an image.
 
     Args:
-        config: The model's.
-        device: Where its weights are.
+        model: The model.
     """
+    config, device = model.config, next(iter(model.parameters())).device
     text = config.get_text_config(decoder=True)
     numbers = {name: n for name, n in text.to_dict().items() if type(n) is int}
     windows = [n for name, n in numbers.items() if ("window" in name or "chunk" in name) and 2 <= n <= 64]
-    context = min([n for name, n in numbers.items() if name in _CONTEXTS and n > 0], default=10**6)
-    longest = max(2, min(max([16, *(n + 16 for n in windows)]), context - STEPS - PADDING))
+    context = usable_context(model)
+    room = max([16, *(n + 16 for n in windows)])
+    longest = room if context is None else max(2, min(room, context.length - STEPS - PADDING))
     lengths, width = [min(3, longest), longest, min(5, longest)], longest + PADDING
     named = {n for c in (config, text) for name, n in c.to_dict().items() if "token" in name and type(n) is int}
     plain = torch.tensor([i for i in range(text.vocab_size) if i not in named])
@@ -58,9 +60,6 @@ def probe_tokens(config: Any, device: torch.device) -> Tokens:
     completions = picks[:, width:]
     tensors = (picks[:, :width] * mask, mask, completions, torch.ones_like(completions, dtype=torch.bool))
     return Tokens(*(x.to(device) for x in tensors))
-
-
-_CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions", "seq_length")
 
 
 def read_alone(read: Read, tokens: Tokens) -> list[Outputs]:
