@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lmppo.models.adapters import add_adapter, base_of_adapter, check_adapter, load_adapter
+from lmppo.models.inputs import base_of
 from lmppo.models.quantized import check_quantized, is_quantized, keep_weights, quantized_layers
 
 if TYPE_CHECKING:
@@ -48,11 +49,6 @@ def print_once(line: str) -> None:
     """Print on the main process alone."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
         print(line, flush=True)
-
-
-def plain_model(model: Any) -> Any:
-    """The model without its adapter's wrapper; the adapter's layers stay in it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def uncompiled(model: Any, name: str) -> Any:
@@ -100,7 +96,7 @@ def as_float32(model: Any, name: str) -> Any:
 
 def _compute_tables(own: Any, name: str, kind: str) -> None:
     """Put what a model computes from its configuration in the place of what has been rounded."""
-    base = plain_model(own)
+    base = base_of(own)
     try:
         with no_init_weights():  # only the tables are used
             fresh: dict[str, Any] = dict(type(base)(copy.deepcopy(base.config)).named_modules())

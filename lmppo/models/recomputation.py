@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmppo.models.actor_critic import ActorCritic
-from lmppo.models.loading import plain_model, print_once
+from lmppo.models.inputs import base_of
+from lmppo.models.loading import print_once
 from lmppo.settings import UpdateSettings
 
 
@@ -30,9 +31,9 @@ def prepare_recomputation(model: ActorCritic, args: UpdateSettings) -> None:
     """
     for name, part in (("model", model.policy), ("critic", model.critic)):
         if part is not None and args.gradient_checkpointing:
-            _mark_layers(plain_model(part), name)
+            _mark_layers(base_of(part), name)
         elif part is not None and any(getattr(m, "gradient_checkpointing", False) for m in part.modules()):
-            _check_layers(plain_model(part), name)
+            _check_layers(base_of(part), name)
             print_once(f"{name} comes with gradient checkpointing, which is used as gradient_checkpointing=True would.")
     if args.objective == "trpo" and _marked(model.policy):
         raise ValueError(

@@ -16,7 +16,8 @@ from transformers.utils import logging as hf_logging
 from lmppo.checks import rounding_tolerance
 from lmppo.models import ActorCritic, load_weights
 from lmppo.models.adapters import copy_to, merge_adapter, probe_logits, trained_beside
-from lmppo.models.loading import plain_model, print_once
+from lmppo.models.inputs import base_of
+from lmppo.models.loading import print_once
 from lmppo.models.names import state_of, uncompiled
 from lmppo.models.quantized import is_quantized
 from lmppo.protocols import Tokenizer
@@ -53,7 +54,7 @@ def plan_export(model: ActorCritic, tokenizer: Tokenizer) -> ExportPlan:
         with _naming("processing_class", "Correct the tokenizer"):
             tokenizer.save_pretrained(directory)
         if not is_quantized(policy):
-            _try_to_save(plain_model(policy), directory, "model")
+            _try_to_save(base_of(policy), directory, "model")
         if model.critic is not None:
             _try_to_save(uncompiled(model.critic), directory, "critic")
         if hasattr(policy, "peft_config"):
@@ -82,7 +83,7 @@ def _naming(name: str, remedy: str) -> Iterator[None]:
 
 
 def _plan_adapter(policy: Any) -> ExportPlan:
-    beside, merged_before = list(trained_beside(policy)), getattr(plain_model(policy), "merged_adapter", None)
+    beside, merged_before = list(trained_beside(policy)), getattr(base_of(policy), "merged_adapter", None)
     lacks = f"{', '.join(beside[:3])} (trained beside it)" if beside else ""
     lacks = lacks or (f"the adapter {merged_before!r} that was merged into its base" if merged_before else "")
     obstacle = "its base is quantized" if is_quantized(policy) else _why_not_merged(policy)
@@ -142,7 +143,7 @@ def _write_whole_model(policy: Any, directory: Path) -> None:
 def compare_export(policy: Any, directory: Path) -> str:
     """How the model in a directory differs from the policy, beyond rounding; empty if it does not."""
     with _quiet():
-        written = load_weights(type(plain_model(policy)), str(directory)).eval()
+        written = load_weights(type(base_of(policy)), str(directory)).eval()
     logits = probe_logits(policy).float().cpu()
     ours, theirs = logits.log_softmax(-1), probe_logits(written).log_softmax(-1)
     worst = torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max().item()  # both -inf: no difference
