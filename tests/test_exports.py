@@ -28,7 +28,7 @@ from lmppo.models import ActorCritic
 from lmppo.models.adapters import copy_to, merge_adapter
 from lmppo.run.checkpoint import checkpoint_dir, load_checkpoint, optimizer_tensors, save_checkpoint
 from lmppo.run.directory import discard_unsaved
-from lmppo.run.export import ExportError, old_of
+from lmppo.run.export import ExportError, compare_export, old_of
 
 STREAMS = [{"name": "a", "reward_funcs": [count_a]}, {"name": "b", "reward_funcs": [count_a]}]
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]])
@@ -145,6 +145,14 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "save_pretrained", fail)
     with pytest.raises(ValueError, match="processing_class cannot be saved.*no files Correct the tokenizer before"):
         make_trainer(tmp_path, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("peft_config", [None, lora()], ids=["full", "lora"])
+def test_a_model_of_a_short_context_is_compared_within_it(tmp_path, peft_config):
+    rows = [{"prompt": "ab"}]
+    short = gpt2(n_positions=8)
+    trainer = trained(tmp_path, model=short, peft_config=peft_config, dataset=rows, max_completion_length=6)
+    assert compare_export(trainer.actor_critic.policy, tmp_path / "final") == ""
 
 
 # --- compared with the policy ----------------------------------------------------------------------------------------

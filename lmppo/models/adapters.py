@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lmppo.models.language_model import vocab_size_of
 from lmppo.models.names import parameters_of
+from lmppo.models.probe import PADDING, probe_tokens
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -190,15 +191,15 @@ def adapter_off(policy: Any) -> Iterator[None]:
 
 
 def probe_ids(model: Any) -> Tensor:
-    """``(2, 16)`` random tokens of the model's vocabulary, the same at every call, to compare logits on."""
-    ids = torch.randint(vocab_size_of(model), (2, 16), generator=torch.Generator().manual_seed(0))
-    return ids.to(next(model.parameters()).device)
+    """``(1, S)`` a few plain tokens, the same at every call and no more than the model can read, to compare logits on."""
+    tokens = probe_tokens(model)
+    row = int(tokens.prompt_mask.sum(dim=1).argmax())
+    return tokens.input_ids[row : row + 1, PADDING:]
 
 
 @torch.no_grad()
-def probe_logits(model: Any) -> Tensor:
-    """``(2, 16, V)`` the model's logits of :func:`probe_ids`."""
-    ids = probe_ids(model)
+def probe_logits(model: Any, ids: Tensor) -> Tensor:
+    """``(1, S, V)`` the model's logits of :func:`probe_ids`."""
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
 
 
@@ -208,9 +209,10 @@ def adapter_changes_nothing(policy: Any) -> bool:
 
     Logits of a few tokens show it for everything but the embedding, of which they read a few rows: all rows are compared.
     """
-    logits = probe_logits(policy)
+    ids = probe_ids(policy)
+    logits = probe_logits(policy, ids)
     with adapter_off(policy):
-        if not torch.equal(probe_logits(policy), logits):
+        if not torch.equal(probe_logits(policy, ids), logits):
             return False
     embedding = policy.get_input_embeddings()
     for ids in torch.arange(vocab_size_of(policy), device=logits.device).split(_IDS_AT_ONCE):

@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 
 from lmppo.models.adapters import add_adapter, base_of_adapter, check_adapter, load_adapter
 from lmppo.models.inputs import base_of
+from lmppo.models.names import uncompiled
 from lmppo.models.quantized import check_quantized, is_quantized, keep_weights, quantized_layers
 
 if TYPE_CHECKING:
@@ -51,12 +52,11 @@ def print_once(line: str) -> None:
         print(line, flush=True)
 
 
-def uncompiled(model: Any, name: str) -> Any:
+def _plain(model: Any, name: str) -> Any:
     """The model that torch.compile has wrapped, and a printed line; any other as it is."""
-    inner = getattr(model, "_orig_mod", None)
-    if inner is None:
-        return model
-    print_once(f"{name} is compiled: lmppo runs the model within, uncompiled.")
+    inner = uncompiled(model)
+    if inner is not model:
+        print_once(f"{name} is compiled: lmppo runs the model within, uncompiled.")
     return inner
 
 
@@ -74,7 +74,7 @@ def as_float32(model: Any, name: str) -> Any:
     Raises:
         ValueError: Its class cannot be built from its configuration, or it is quantized in a way that is not supported.
     """
-    model = uncompiled(model, name)
+    model = _plain(model, name)
     check_quantized(model, name)
     quantized = {id(layer.weight) for layer in quantized_layers(model)}
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in quantized} - {torch.float32}
@@ -168,7 +168,7 @@ def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None"
         TypeError: ``model`` is neither a name nor a model that can generate.
     """
     named = isinstance(model, str | Path)
-    policy = _load_named(str(model), merge=peft_config is not None) if named else uncompiled(model, "model")
+    policy = _load_named(str(model), merge=peft_config is not None) if named else _plain(model, "model")
     if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
         raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
     policy = as_float32(policy, "model")

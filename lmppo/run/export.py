@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from lmppo.checks import rounding_tolerance
 from lmppo.models import ActorCritic, load_weights
-from lmppo.models.adapters import copy_to, merge_adapter, probe_logits, trained_beside
+from lmppo.models.adapters import copy_to, merge_adapter, probe_ids, probe_logits, trained_beside
 from lmppo.models.inputs import base_of
 from lmppo.models.loading import print_once
 from lmppo.models.names import state_of, uncompiled
@@ -144,8 +144,9 @@ def compare_export(policy: Any, directory: Path) -> str:
     """How the model in a directory differs from the policy, beyond rounding; empty if it does not."""
     with _quiet():
         written = load_weights(type(base_of(policy)), str(directory)).eval()
-    logits = probe_logits(policy).float().cpu()
-    ours, theirs = logits.log_softmax(-1), probe_logits(written).log_softmax(-1)
+    ids = probe_ids(policy)
+    logits = probe_logits(policy, ids).float().cpu()
+    ours, theirs = logits.log_softmax(-1), probe_logits(written, ids.cpu()).log_softmax(-1)
     worst = torch.where(ours == theirs, 0.0, (ours - theirs).abs()).max().item()  # both -inf: no difference
     allowed = rounding_tolerance(logits[logits.isfinite()].abs().max().item())
     if worst <= allowed:
