@@ -15,11 +15,11 @@ from transformers.trainer_callback import TrainerState
 from lmppo.checks import check_reference
 from lmppo.functional import exact_kl, kl_k1, kl_k2, kl_k3, support_logprobs, token_logprobs
 from lmppo.functional.kl import ALL_TOKENS
-from lmppo.models import ActorCritic, Reference, compute_precision, score_tokens
+from lmppo.models import ActorCritic, Reader, Reference, compute_precision, measure_logits, score_tokens
 from lmppo.processes import raised_together
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
 from lmppo.protocols import Tokenizer
-from lmppo.records import Rollout, Samples, Tokens
+from lmppo.records import Rollout, Samples, TokenRecord, Tokens
 from lmppo.rewards import RewardSet, Scores
 from lmppo.sampling import ROLLOUT, SamplingParams, sample, uniform_noise
 from lmppo.settings import CollectorSettings
@@ -145,7 +145,9 @@ class Collector:
         )
 
     def _score_tokens(self, samples: Samples) -> Tensor:
-        return score_tokens(self.actor_critic.logits, samples, self.params.temperature, self.config.micro_batch_size)
+        return score_tokens(
+            self.actor_critic.language_model, samples, self.params.temperature, self.config.micro_batch_size
+        )
 
     @torch.no_grad()
     def _under_reference(self, samples: Samples, measure: str) -> dict[str, Tensor]:
@@ -157,22 +159,24 @@ class Collector:
             samples: What was sampled.
             measure: What ``kl_penalty`` is: ``k1``, ``k2``, ``k3`` or ``exact``.
         """
-        temperature = self.params.temperature
+        temperature, exact = self.params.temperature, measure == "exact"
 
-        def measured(micro: Samples) -> dict[str, Tensor]:
-            ref_logits, support = self.reference.logits(micro.tokens), micro.support.allowed()
-            ref_logprobs = token_logprobs(ref_logits, micro.tokens.completion_ids, temperature=temperature)
-            of_support = support_logprobs(ref_logits, temperature=temperature, support=support)
-            if measure == "exact":
-                logits = self.actor_critic.logits(micro.tokens)
-                kl = exact_kl(logits, ref_logits, temperature=temperature, support=support, ref_support=ALL_TOKENS)
-            elif measure == "k3":
-                kl = kl_k3(micro.logprobs, ref_logprobs, ref_support_logprobs=of_support)
-            else:
-                kl = {"k1": kl_k1, "k2": kl_k2}[measure](micro.logprobs, ref_logprobs)
-            return {"ref_logprobs": ref_logprobs, "ref_support_logprobs": of_support, "kl_penalty": kl}
+        def of_logits(some: TokenRecord, ref_logits: Tensor, *logits: Tensor) -> dict[str, Tensor]:
+            ids, support = some.tokens.completion_ids, some.support.allowed()
+            measured = {
+                "ref_logprobs": token_logprobs(ref_logits, ids, temperature=temperature),
+                "ref_support_logprobs": support_logprobs(ref_logits, temperature=temperature, support=support),
+            }
+            if exact:
+                whole = {"support": support, "ref_support": ALL_TOKENS}
+                measured["kl_penalty"] = exact_kl(logits[0], ref_logits, temperature=temperature, **whole)
+            return measured
 
-        return samples.all_per_token(measured, micro_batch_size=self.config.micro_batch_size)
+        readers: list[Reader] = [self.reference, self.actor_critic.language_model][: 1 + exact]
+        measured = measure_logits(readers, samples, of_logits, micro_batch_size=self.config.micro_batch_size)
+        if not exact:
+            measured["kl_penalty"] = _sampled_kl(measure, samples, **measured)
+        return measured
 
     @torch.no_grad()
     def _bootstrap_values(self, samples: Samples) -> Tensor:
@@ -180,8 +184,9 @@ class Collector:
         result = samples.values.new_zeros(len(samples), samples.values.shape[-1])
         cut = ~samples.ended
         if self.config.truncation == "bootstrap" and cut.any():
-            micros = samples.rows(cut).micro_batches(self.config.micro_batch_size)
-            result[cut] = torch.cat([self.actor_critic.last_values(micro.tokens) for _, micro in micros])
+            cut_rows = cut.nonzero()[:, 0]
+            for rows, micro in samples.rows(cut_rows).micro_batches(self.config.micro_batch_size):
+                result[cut_rows[rows]] = self.actor_critic.last_values(micro.tokens)
         return result
 
     def _compact(self, samples: Samples) -> Support:
@@ -205,6 +210,15 @@ class Collector:
             self.trainer_state,
             samples.completion_mask.shape[1],
         )
+
+
+def _sampled_kl(measure: str, samples: Samples, ref_logprobs: Tensor, ref_support_logprobs: Tensor) -> Tensor:
+    """``(B, T)`` the KL to the reference from the sampled tokens alone: ``k1``, ``k2`` or ``k3``."""
+    if measure == "k3":
+        kl = kl_k3(samples.logprobs, ref_logprobs, ref_support_logprobs=ref_support_logprobs)
+    else:
+        kl = {"k1": kl_k1, "k2": kl_k2}[measure](samples.logprobs, ref_logprobs)
+    return torch.where(samples.completion_mask, kl, 0.0)
 
 
 def decode_completions(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:

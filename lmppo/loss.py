@@ -6,6 +6,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +23,13 @@ from lmppo.functional import (
     kl_penalized_policy_loss,
     masked_mean,
     policy_gradient_loss,
+    token_entropy,
+    token_logprobs,
     token_logprobs_and_entropy,
     token_mean_loss,
 )
 from lmppo.functional.kl import ALL_TOKENS
-from lmppo.models import HEADS, Reference
+from lmppo.models import HEADS, Reference, Sums
 from lmppo.records import Experience
 from lmppo.settings import LossSettings
 
@@ -54,7 +57,7 @@ def ppo_loss(
     *,
     heads: Sequence[str] = HEADS,
     token_count: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Sums]:
     """One micro-batch's share of the loss ``policy + kl_coef * kl - ent_coef * entropy + vf_coef * value``.
 
     Args:
@@ -69,19 +72,27 @@ def ppo_loss(
     Returns:
         The loss, and sums over counted tokens for the metrics.
     """
-    outputs = model(micro.tokens, heads)
-    per_token = torch.zeros_like(micro.advantages)
-    sums: dict[str, Tensor] = {}
+    counted = micro.counted()
+    reference = penalties.reference if "logits" in heads and penalties.kl_coef > 0 else None
+    ref_states = reference.read(micro.tokens) if reference is not None and config.kl_measure == "exact" else None
+
+    def of_logits(logits: Tensor, part: slice) -> tuple[Tensor, Sums]:
+        some, ref_logits = counted.cut(T=part), None
+        if reference is not None and ref_states is not None:
+            ref_logits = reference.logits_of(ref_states.with_source(ref_states.source[:, part]))
+        per_token, sums = _policy_terms(logits, some, config, penalties, ref_logits)
+        return token_mean_loss(per_token, some.completion_mask, token_count=token_count), sums
+
+    outputs = model(micro.tokens, heads, of_logits)
+    loss, sums = outputs["logits"] if "logits" in outputs else (torch.zeros_like(counted.advantages).sum(), {})
     if "values" in outputs:
-        value_loss, sums = _value_terms(outputs["values"], micro, config)
-        per_token = per_token + config.vf_coef * value_loss
-    if "logits" in outputs:
-        policy_terms, policy_sums = _policy_terms(outputs["logits"], micro, config, penalties)
-        per_token, sums = per_token + policy_terms, sums | policy_sums
-    return token_mean_loss(per_token, micro.completion_mask, token_count=token_count), sums
+        value_loss, value_sums = _value_terms(outputs["values"], counted, config)
+        loss = loss + config.vf_coef * token_mean_loss(value_loss, counted.completion_mask, token_count=token_count)
+        sums = sums | value_sums
+    return loss, sums
 
 
-def _value_terms(values: Tensor, micro: Experience, config: LossSettings) -> tuple[Tensor, dict[str, Tensor]]:
+def _value_terms(values: Tensor, micro: Experience, config: LossSettings) -> tuple[Tensor, Sums]:
     mask = micro.completion_mask.unsqueeze(-1).expand_as(values)
     loss = clipped_value_loss(values, micro.old_values, micro.returns, mask, clip_range=config.value_clip_range)
     loss, clipped = loss.sum(dim=-1), values.new_zeros(())
@@ -92,18 +103,21 @@ def _value_terms(values: Tensor, micro: Experience, config: LossSettings) -> tup
 
 
 def _policy_terms(
-    logits: Tensor, micro: Experience, config: LossSettings, penalties: Penalties
-) -> tuple[Tensor, dict[str, Tensor]]:
-    logprobs, entropy = token_logprobs_and_entropy(
-        logits, micro.tokens.completion_ids, temperature=config.temperature, support=micro.support.allowed()
-    )
+    logits: Tensor, micro: Experience, config: LossSettings, penalties: Penalties, ref_logits: Tensor | None
+) -> tuple[Tensor, Sums]:
+    facts: dict[str, Any] = {"temperature": config.temperature, "support": micro.support.allowed()}
+    ids = micro.tokens.completion_ids
+    if config.ent_coef > 0:
+        logprobs, entropy = token_logprobs_and_entropy(logits, ids, **facts)
+    else:
+        logprobs, entropy = token_logprobs(logits, ids, **facts), token_entropy(logits.detach(), **facts)
     loss = policy_loss(logprobs, micro, config, penalties)
     entropy = torch.where(micro.completion_mask, entropy, 0.0)
     sums = {"policy_loss": loss.detach().sum(), "entropy": entropy.detach().sum()}
     if config.ent_coef > 0:
         loss = loss - config.ent_coef * entropy
     if penalties.kl_coef > 0:
-        kl = reference_kl(logits, logprobs, micro, config, penalties)
+        kl = reference_kl(logits, logprobs, micro, config, ref_logits)
         loss = loss + penalties.kl_coef * kl
         sums["kl_loss"] = kl.detach().sum()
     clip = clip_fraction(
@@ -124,7 +138,7 @@ def ratio_sums(logprobs: Tensor, micro: Experience) -> dict[str, Tensor]:
     return {
         "approx_kl": approx_kl(logprobs, old, mask) * mask.sum(),
         "ratio": masked_mean(log_ratio.exp(), mask) * mask.sum(),
-        "log_ratio_max": log_ratio.abs().max(),
+        "log_ratio_max": log_ratio.abs().max() if log_ratio.numel() else log_ratio.sum(),
     }
 
 
@@ -156,7 +170,7 @@ def policy_loss(logprobs: Tensor, micro: Experience, config: LossSettings, penal
 
 
 def reference_kl(
-    logits: Tensor, logprobs: Tensor, micro: Experience, config: LossSettings, penalties: Penalties
+    logits: Tensor, logprobs: Tensor, micro: Experience, config: LossSettings, ref_logits: Tensor | None
 ) -> Tensor:
     """``(B, T)`` the KL to the reference as a term of the loss, by the configured estimator; 0 where the mask is False.
 
@@ -170,11 +184,10 @@ def reference_kl(
         logprobs: ``(B, T)`` now.
         micro: The rows.
         config: Gives ``kl_form`` and ``temperature``.
-        penalties: Gives the reference.
+        ref_logits: ``(B, T, V)`` the reference's, for the exact KL.
     """
     if config.kl_measure == "exact":
-        assert penalties.reference is not None
-        ref_logits = penalties.reference.logits(micro.tokens)
+        assert ref_logits is not None
         support = micro.support.allowed()
         kl = exact_kl(logits, ref_logits, temperature=config.temperature, support=support, ref_support=ALL_TOKENS)
     elif config.kl_measure == "k3":

@@ -1,13 +1,14 @@
 """The records that flow from the rollout to the update.
 
-Axes: ``B`` completions, ``P`` prompt positions, ``T`` completion positions, ``S = P + T``, ``V`` vocabulary, ``K`` reward
-streams.
+Axes: ``B`` completions, ``P`` prompt positions, ``T`` completion positions, ``S = P + T``, ``N`` counted tokens of all
+completions, ``V`` vocabulary, ``K`` reward streams.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,41 +74,70 @@ class TokenRecord(Record):
         """``(B, T)`` True on the tokens that count."""
         return self.tokens.completion_mask
 
-    def trim(self) -> Self:
-        """The record without the prompt columns and the last completion columns that none of its rows uses."""
-        first = int((~self.tokens.prompt_mask.any(dim=0)).long().cumprod(dim=0).sum())
-        used = self.completion_mask.any(dim=0).nonzero()
-        last = int(used[-1]) + 1 if len(used) else 1
-        return self.cut(P=slice(first, None), T=slice(0, last))
+    def counted(self) -> Self:
+        """The counted tokens of all rows as one row, ``B = 1`` and ``T = N``, without prompts.
 
-    def micro_batches(self, size: int) -> Iterator[tuple[slice, Self]]:
-        """``size`` rows at a time: which rows, and their record without unused columns."""
-        for start in range(0, len(self), size):
-            rows = slice(start, start + size)
-            yield rows, self.rows(rows).trim()
+        Raises:
+            TypeError: The record has numbers for whole rows.
+        """
+        mask = self.completion_mask
 
-    def per_token(self, compute: Callable[[Self], Tensor], *, micro_batch_size: int) -> Tensor:
-        """``(B, T)`` numbers computed from a few rows at a time; 0 where the mask is False.
+        def pick(tensor: Tensor, names: tuple[str, ...]) -> Tensor:
+            if names[:2] == ("B", "T"):
+                return tensor[mask].unsqueeze(0)
+            if names != ("B", "P"):
+                raise TypeError(f"A {type(self).__name__} has numbers for whole rows, with the axes {names}.")
+            return tensor[:1, :0]
+
+        return self.map(pick)
+
+    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Self]]:
+        """The rows in groups of similar length: which rows, and their record.
 
         Args:
-            compute: From a micro-batch of b rows and t columns to ``(b, t)``.
-            micro_batch_size: Rows at a time.
+            size: How many of the longest rows make a group; of shorter rows as many as have no more tokens with padding.
         """
-        named = self.all_per_token(lambda micro: {"": compute(micro)}, micro_batch_size=micro_batch_size)
-        return named[""]
+        lengths = self.tokens.attention_mask.sum(dim=1)
+        for group in length_groups(lengths.tolist(), size):
+            rows = torch.tensor(group, device=lengths.device)
+            yield rows, self.rows(rows)
 
-    def all_per_token(
-        self, compute: Callable[[Self], dict[str, Tensor]], *, micro_batch_size: int
-    ) -> dict[str, Tensor]:
-        """Several numbers per token, by name, computed together; else as :meth:`per_token`."""
-        mask = self.completion_mask
-        results: dict[str, Tensor] = {}
-        for rows, micro in self.micro_batches(micro_batch_size):
-            for name, numbers in compute(micro).items():
-                if name not in results:
-                    results[name] = torch.zeros(mask.shape, device=mask.device)
-                results[name][rows, : numbers.shape[1]] = torch.where(micro.completion_mask, numbers, 0.0)
-        return results
+
+GROUP_COST = 128
+"""What a pass over one more group costs, in tokens."""
+
+
+def length_groups(lengths: list[int], size: int) -> list[list[int]]:
+    """Rows in groups whose passes cost least: a group costs its rows times its longest, and ``GROUP_COST``.
+
+    Args:
+        lengths: Tokens of each row.
+        size: How many of the longest rows a group may have; of shorter ones as many as take no more tokens.
+
+    Returns:
+        The numbers of each group's rows, in order; the group of the shortest rows first.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    widths = np.array([lengths[row] for row in order])
+    budget = size * widths[-1]
+    best, start = np.zeros(len(order) + 1), [0] * (len(order) + 1)
+    for end in range(1, len(order) + 1):
+        padded = (end - np.arange(end)) * widths[end - 1]
+        costs = np.where(padded <= budget, best[:end] + padded + GROUP_COST, np.inf)
+        start[end] = int(costs.argmin())
+        best[end] = costs[start[end]]
+    groups, end = [], len(order)
+    while end:
+        groups.append(sorted(order[start[end] : end]))
+        end = start[end]
+    return groups[::-1]
+
+
+def spread(numbers: Tensor, mask: Tensor) -> Tensor:
+    """Numbers of counted tokens ``(1, N, ...)``, row by row, as ``(B, T, ...)``; 0 where ``mask (B, T)`` is False."""
+    result = numbers.new_zeros(*mask.shape, *numbers.shape[2:])
+    result[mask] = numbers[0]
+    return result
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def sample(
 
     tokens = Tokens(prompt_ids, prompt_mask, ids, mask)
     if values and model.critic is not None:
-        state_values = torch.where(mask[..., None], model(tokens, ("values",))["values"], 0.0)
+        state_values = model.values(tokens)
     return Samples(tokens, support, logprobs, state_values, ended, max_logit)
 
 

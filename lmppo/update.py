@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lmppo.checks import check_first_ratio, check_gradients
 from lmppo.loss import Penalties, ppo_loss
-from lmppo.models import HEADS, recomputing, score_tokens
+from lmppo.models import HEADS, Sums, join_sums, recomputing, score_tokens
 from lmppo.protocols import Optimizer
 from lmppo.records import Experience
 from lmppo.settings import UpdateSettings
@@ -162,7 +162,7 @@ def accumulate_gradients(
     """The gradient of the minibatch's loss, micro-batch by micro-batch, over all processes; and what was seen."""
     n_tokens = int(minibatch.completion_mask.sum())
     own_rows = minibatch.rows(slice(accelerator.process_index, None, accelerator.num_processes))
-    totals: dict[str, Tensor] = {}
+    seen: list[Sums] = []
     micros = [micro for _, micro in own_rows.micro_batches(config.micro_batch_size)]
     for i, micro in enumerate(micros):
         with accelerator.no_sync(model) if i + 1 < len(micros) else nullcontext():
@@ -170,11 +170,8 @@ def accumulate_gradients(
                 loss, sums = ppo_loss(model, micro, config, penalties, heads=heads, token_count=n_tokens)
             # DDP averages over processes; each process's loss is its share of the global mean, so undo that.
             (loss * accelerator.num_processes).backward()
-        for name, value in sums.items():
-            previous = totals.get(name)
-            join = torch.maximum if name.endswith("_max") else torch.add
-            totals[name] = value if previous is None else join(previous, value)
-    return _reduce(totals, n_tokens, accelerator)
+        seen.append(sums)
+    return _reduce(join_sums(seen), n_tokens, accelerator)
 
 
 def logprobs_now(model: nn.Module, experience: Experience, config: UpdateSettings, accelerator: Accelerator) -> Tensor:
@@ -183,11 +180,11 @@ def logprobs_now(model: nn.Module, experience: Experience, config: UpdateSetting
     own_rows = experience.rows(slice(accelerator.process_index * share, (accelerator.process_index + 1) * share))
     actor_critic = accelerator.unwrap_model(model)
     with accelerator.autocast():
-        logprobs = score_tokens(actor_critic.logits, own_rows, config.temperature, config.micro_batch_size)
+        logprobs = score_tokens(actor_critic.language_model, own_rows, config.temperature, config.micro_batch_size)
     return accelerator.gather(logprobs)
 
 
-def _reduce(totals: dict[str, Tensor], n_tokens: int, accelerator: Accelerator) -> dict[str, float]:
+def _reduce(totals: Sums, n_tokens: int, accelerator: Accelerator) -> dict[str, float]:
     """Sums over all processes, as means over the minibatch's counted tokens (names ending in _max: the largest)."""
     names = [name for name in totals if not name.endswith("_max")]
     sums = accelerator.reduce(torch.stack([totals[n] for n in names]).float(), reduction="sum") / n_tokens

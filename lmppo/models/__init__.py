@@ -1,14 +1,17 @@
 """The models: policy and critic in one module, split into trunk and heads; the frozen reference; loading them."""
 
-from lmppo.models.actor_critic import HEADS, ActorCritic, score_tokens
+from lmppo.models.actor_critic import HEADS, ActorCritic
+from lmppo.models.chunks import Sums, join_sums
 from lmppo.models.decoder import Decoder
 from lmppo.models.inputs import Positions, inputs_of
-from lmppo.models.language_model import LanguageModel, States, vocab_size_of
+from lmppo.models.language_model import LanguageModel, vocab_size_of
 from lmppo.models.loading import load_policy, load_weights
 from lmppo.models.probe import UnsupportedModelError
 from lmppo.models.quantized import compute_precision
 from lmppo.models.recomputation import recomputing
 from lmppo.models.reference import Reference
+from lmppo.models.scoring import Reader, measure_logits, score_tokens
+from lmppo.models.states import States
 
 __all__ = [
     "HEADS",
@@ -16,13 +19,17 @@ __all__ = [
     "Decoder",
     "LanguageModel",
     "Positions",
+    "Reader",
     "Reference",
     "States",
+    "Sums",
     "UnsupportedModelError",
     "compute_precision",
     "inputs_of",
+    "join_sums",
     "load_policy",
     "load_weights",
+    "measure_logits",
     "recomputing",
     "score_tokens",
     "vocab_size_of",

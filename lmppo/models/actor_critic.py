@@ -3,20 +3,20 @@
 Dropout is off everywhere, always: the modules stay in evaluation mode, in training as well, so that sampling and
 learning see the same function and the first ratio is 1.
 
-Axes: ``B`` sequences, ``P`` prompt positions, ``T`` completion positions, ``S = P + T``, ``H`` hidden,
-``V`` vocabulary, ``K`` reward streams.
+Axes: ``B`` sequences, ``P`` prompt positions, ``T`` completion positions, ``N`` counted tokens of all sequences,
+``W`` positions of aligned rows, ``H`` hidden, ``V`` vocabulary, ``K`` reward streams.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lmppo.functional import token_logprobs
+from lmppo.models.chunks import OfLogits
 from lmppo.models.decoder import Decoder, needs_step_masks
-from lmppo.models.inputs import Positions, inputs_of, takes
+from lmppo.models.inputs import Aligned, Positions, inputs_of, takes
 from lmppo.models.language_model import LanguageModel
 from lmppo.models.probe import (
     Outputs,
@@ -28,7 +28,7 @@ from lmppo.models.probe import (
     read_alone,
 )
 from lmppo.protocols import CausalLM
-from lmppo.records import TokenRecord, Tokens
+from lmppo.records import Tokens, spread
 
 HEADS = ("logits", "values")
 
@@ -88,44 +88,49 @@ class ActorCritic(nn.Module):
         module = self.value_head if self.critic is None else self.critic
         return [p for p in module.parameters() if p.requires_grad]
 
-    def forward(self, tokens: Tokens, heads: Sequence[str] = HEADS) -> dict[str, Tensor]:
-        """What is asked for of the states before each completion token, from one pass of the trunk.
+    def forward(
+        self, tokens: Tokens, heads: Sequence[str] = HEADS, of_logits: OfLogits | None = None
+    ) -> dict[str, Any]:
+        """What is asked for of the states before the N counted tokens, from one pass of the trunk.
 
         Args:
             tokens: Prompts and completions.
             heads: Any of ``"logits"`` and ``"values"``. Values alone leave the policy as it is: no gradient reaches a
                 trunk that they share with it.
+            of_logits: What is added up over the tokens' logits, see :func:`lmppo.models.chunks.sum_over_logits`.
 
         Returns:
-            ``{"logits": (B, T, V), "values": (B, T, K)}``, as far as asked; position t of both is the state before
-            token t.
+            ``{"logits": the sums, "values": (1, N, K)}``, as far as asked; the tokens row by row.
         """
-        outputs = {}
+        outputs: dict[str, Any] = {}
         states: Any = None
         if "logits" in heads or self.critic is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and "logits" in heads):
                 states = self.language_model.read(tokens)
         if "logits" in heads:
-            outputs["logits"] = self.language_model.logits_of(states)[:, :-1]
+            assert of_logits is not None, "what is to be added up over the logits?"
+            outputs["logits"] = self.language_model.sum_over_logits(states, of_logits)
         if "values" in heads:
-            outputs["values"] = self.values_of(states.hidden[:, :-1]) if self.critic is None else self._critic(tokens)
+            outputs["values"] = self.values_of(states.hidden) if self.critic is None else self._critic(tokens)
         return outputs
 
     def logits(self, tokens: Tokens) -> Tensor:
-        """``(B, T, V)`` logits of the distributions that the completion's tokens were drawn from."""
-        return self(tokens, ("logits",))["logits"]
+        """``(B, T, V)`` logits of the distributions that the counted tokens were drawn from, 0 elsewhere."""
+        return self.language_model.logits(tokens)
+
+    def values(self, tokens: Tokens) -> Tensor:
+        """``(B, T, K)`` values of the states before the counted tokens, 0 elsewhere."""
+        return spread(self(tokens, ("values",))["values"], tokens.completion_mask)
 
     def last_values(self, tokens: Tokens) -> Tensor:
         """``(B, K)`` values of the state after each row's last counted token."""
-        attention_mask = tokens.attention_mask
-        columns = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
-        last = (attention_mask * columns).argmax(dim=1)
-        rows = torch.arange(len(last), device=last.device)
+        aligned = Aligned.of(tokens)
+        rows = torch.arange(len(aligned.last), device=aligned.last.device)
         if self.critic is not None:
-            return self._critic_everywhere(tokens)[rows, last]
-        inputs = inputs_of(tokens, self.language_model.positions)
-        hidden: Any = self.language_model.forward(last=attention_mask.shape[1], **inputs).hidden
-        return self.values_of(hidden[rows, last])
+            return self._critic_everywhere(aligned.ids)[rows, aligned.last]
+        inputs = inputs_of(aligned.ids, self.language_model.positions)
+        states = self.language_model.forward(last=aligned.ids.shape[1], **inputs)
+        return self.values_of(states.at(rows, aligned.last).hidden)[0]
 
     def decoder(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decoder:
         """The policy's cache over left-padded prompts ``(B, P)``, to be fed token by token."""
@@ -138,11 +143,13 @@ class ActorCritic(nn.Module):
             return self.value_head(hidden.float())
 
     def _critic(self, tokens: Tokens) -> Tensor:
-        return self._critic_everywhere(tokens)[:, -tokens.completion_ids.shape[1] - 1 : -1]
+        aligned = Aligned.of(tokens)
+        values = self._critic_everywhere(aligned.ids[:, : max(1, aligned.ids.shape[1] - 1)])
+        return values[aligned.rows, aligned.columns].unsqueeze(0)
 
-    def _critic_everywhere(self, tokens: Tokens) -> Tensor:
-        """``(B, S, K)`` values of the states after each token."""
-        return self.critic(**inputs_of(tokens, self._critic_positions)).logits.float()
+    def _critic_everywhere(self, ids: Tensor) -> Tensor:
+        """``(B, W, K)`` values of the states after each token of aligned rows."""
+        return self.critic(**inputs_of(ids, self._critic_positions)).logits.float()
 
 
 @torch.no_grad()
@@ -166,27 +173,3 @@ def probe_critic(critic: PreTrainedModel) -> Positions:
         check_causal(read, tokens, alone, critic, "critic")
         told = takes(critic.base_model, "position_ids")
         return find_positions(read, tokens, alone, critic, "critic", takes_positions=told)
-
-
-@torch.no_grad()
-def score_tokens(
-    logits_of: Callable[[Tokens], Tensor], record: TokenRecord, temperature: float, micro_batch_size: int
-) -> Tensor:
-    """``(B, T)`` log-probabilities of sampled tokens under a model, a few rows at a time; 0 where the mask is False.
-
-    Args:
-        logits_of: From tokens to logits ``(B, T, V)``.
-        record: The tokens and their ``support``.
-        temperature: Divides the logits.
-        micro_batch_size: Rows per forward pass.
-    """
-
-    def score(micro: TokenRecord) -> Tensor:
-        return token_logprobs(
-            logits_of(micro.tokens),
-            micro.tokens.completion_ids,
-            temperature=temperature,
-            support=micro.support.allowed(),
-        )
-
-    return record.per_token(score, micro_batch_size=micro_batch_size)

@@ -8,6 +8,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lmppo.records import Tokens
@@ -44,11 +45,39 @@ class Positions:
         return {"position_ids": places}
 
 
-def inputs_of(tokens: Tokens, positions: Positions) -> dict[str, Any]:
-    """The arguments of a model's forward pass over prompts and completions."""
-    ids, mask = tokens.input_ids, tokens.attention_mask
-    told = positions.of(ids, mask)
-    return {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False, **told}
+@dataclass(frozen=True)
+class Aligned:
+    """Rows of tokens, each from its first token on: all padding is behind them, where a causal model does not look.
+
+    So every row is read as if it were alone, and no mask is needed.
+
+    Attributes:
+        ids: ``(B, W)`` the tokens, and behind them whatever.
+        rows: ``(N,)`` the row of each counted token, row by row.
+        columns: ``(N,)`` the column of the state before it.
+        last: ``(B,)`` the column of each row's last token.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    columns: Tensor
+    last: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tokens) -> "Aligned":
+        """The prompts with their completions up to their last counted tokens."""
+        there = tokens.attention_mask
+        lengths = there.sum(dim=1)
+        order = torch.argsort((~there).to(torch.uint8), dim=1, stable=True)
+        ids = tokens.input_ids.gather(1, order)[:, : int(lengths.max())]
+        place = there.cumsum(dim=1)[:, tokens.prompt_ids.shape[1] :] - 1
+        rows, times = tokens.completion_mask.nonzero(as_tuple=True)
+        return cls(ids, rows, place[rows, times] - 1, lengths - 1)
+
+
+def inputs_of(ids: Tensor, positions: Positions) -> dict[str, Any]:
+    """The arguments of a model's forward pass over aligned rows ``(B, W)``."""
+    return {"input_ids": ids, "use_cache": False, **positions.of(ids, torch.ones_like(ids))}
 
 
 def base_of(model: Any) -> Any:

@@ -1,43 +1,32 @@
 """A causal language model in two parts, trunk and head, probed when it is made.
 
-Axes: ``B`` sequences, ``T`` completion positions, ``S`` all positions, ``H`` hidden, ``V`` vocabulary.
+Axes: ``B`` sequences, ``S`` positions, ``N`` counted tokens of all sequences, ``H`` hidden, ``V`` vocabulary.
 """
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lmppo.functional._inputs import widen
-from lmppo.models.inputs import Positions, base_of, inputs_of, kind_of, takes
+from lmppo.models.chunks import OfLogits, Sums, sum_over_logits
+from lmppo.models.inputs import Aligned, Positions, base_of, inputs_of, kind_of, takes
 from lmppo.models.probe import (
     Outputs,
     UnsupportedModelError,
     check_causal,
     check_finite,
+    excess,
     find_positions,
     one_line,
     probe_tokens,
     read_alone,
 )
+from lmppo.models.states import States
 from lmppo.protocols import CausalLM
-from lmppo.records import Tokens
-
-
-@dataclass(frozen=True)
-class States:
-    """What a language model has computed of some states, before its head.
-
-    Attributes:
-        hidden: ``(B, n, H)`` what the head reads; None where the model does not give it.
-        logits: ``(B, n, V)`` where the model cannot be split and has computed them already.
-    """
-
-    hidden: Tensor | None
-    logits: Tensor | None = None
+from lmppo.records import Tokens, spread
 
 
 class LanguageModel:
@@ -93,10 +82,16 @@ class LanguageModel:
             positions = find_positions(self.outputs, tokens, alone, self.model, name, takes_positions=told)
         return positions, alone[0][1].shape[-1] if len(alone[0]) > 1 else 0
 
+    @property
+    def vocab_size(self) -> int:
+        """``V``."""
+        return vocab_size_of(self.model)
+
     def read(self, tokens: Tokens) -> States:
-        """What the model computes of the ``T + 1`` states before and after each completion token."""
-        last = tokens.completion_ids.shape[1] + 1
-        return self.forward(last=last, **inputs_of(tokens, self.positions))
+        """What the model computes of the states before the N counted tokens, ``(1, N, ...)``; nothing behind them."""
+        aligned = Aligned.of(tokens)
+        ids = aligned.ids[:, : max(1, aligned.ids.shape[1] - 1)]
+        return self.forward(last=ids.shape[1], **inputs_of(ids, self.positions)).at(aligned.rows, aligned.columns)
 
     def forward(self, *, last: int, **inputs: Any) -> States:
         """The ``last`` positions of a forward pass."""
@@ -109,6 +104,14 @@ class LanguageModel:
         if hidden is not None:
             hidden = hidden[:, -last:] if hidden.shape[:2] == inputs["input_ids"].shape else None
         return States(hidden, out.logits[:, -last:])
+
+    def logits(self, tokens: Tokens) -> Tensor:
+        """``(B, T, V)`` logits of the distributions that the counted tokens were drawn from, 0 elsewhere: few rows."""
+        return spread(self.logits_of(self.read(tokens)), tokens.completion_mask)
+
+    def sum_over_logits(self, states: States, compute: OfLogits) -> tuple[Tensor, Sums]:
+        """See :func:`lmppo.models.chunks.sum_over_logits`."""
+        return sum_over_logits(states, self.logits_of, compute, vocab_size=self.vocab_size)
 
     def logits_of(self, states: States) -> Tensor:
         """``(B, n, V)`` the logits of some states; in float32 whatever the autocast, where the model can be split.
@@ -151,7 +154,10 @@ class LanguageModel:
         try:
             output = trunk(**inputs)
             self._output_class = type(output)
-            return torch.equal(self._head(trunk, output.last_hidden_state), self.model(**inputs).logits)
+            hidden, expected = output.last_hidden_state, self.model(**inputs).logits
+            one_row = self._head(trunk, hidden.flatten(0, 1).unsqueeze(0)).view_as(expected)
+            same = torch.equal(self._head(trunk, hidden), expected)
+            return same and not excess([one_row], [expected], self.model).too_large
         except Exception:  # whatever the parts of a model object to, its own forward is right
             return False
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmppo.checks import rounding_tolerance
 from lmppo.context import usable_context
-from lmppo.models.inputs import Positions, inputs_of, kind_of
+from lmppo.models.inputs import Aligned, Positions, inputs_of, kind_of
 from lmppo.models.quantized import compute_precision
 from lmppo.records import Tokens
 
@@ -125,15 +125,16 @@ def find_positions(
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     like_roberta = [Positions(padding + 1, padding)] if isinstance(padding, int) and padding >= 0 else []
     ways = [Positions(0), *like_roberta, Positions(None)] if takes_positions else [Positions(None)]
+    aligned = Aligned.of(tokens)
     lengths = [row[0].shape[1] for row in alone]
     problem = ""
     for positions in ways:
         try:
-            batch = read(**inputs_of(tokens, positions))
+            batch = read(**inputs_of(aligned.ids, positions))
         except Exception as error:
             problem = problem or one_line(error)
             continue
-        rows = [[x[i : i + 1, -n:] for x in batch] for i, n in enumerate(lengths)]
+        rows = [[x[i : i + 1, :n] for x in batch] for i, n in enumerate(lengths)]
         difference = largest(excess(row, own, model) for row, own in zip(rows, alone, strict=True))
         if not difference.too_large:
             return positions

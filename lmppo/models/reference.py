@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from lmppo.models.adapters import adapter_changes_nothing, adapter_off
 from lmppo.models.language_model import LanguageModel, vocab_size_of
 from lmppo.models.loading import as_float32, check_not_trained, frozen_view
-from lmppo.records import Tokens
+from lmppo.models.states import States
+from lmppo.records import Tokens, spread
 
 
 class Reference:
@@ -47,11 +48,26 @@ class Reference:
         with self._adapter(self.model):
             self.language_model = LanguageModel(self.model, "ref_model" if ref_model is not None else "model")
 
+    @property
+    def vocab_size(self) -> int:
+        """``V``."""
+        return self.language_model.vocab_size
+
     @torch.no_grad()
-    def logits(self, tokens: Tokens) -> Tensor:
-        """``(B, T, V)`` logits of the states before each completion token."""
+    def read(self, tokens: Tokens) -> States:
+        """The states before the N counted tokens, ``(1, N, ...)``."""
         with self._adapter(self.model):
-            return self.language_model.logits_of(self.language_model.read(tokens))[:, :-1]
+            return self.language_model.read(tokens)
+
+    @torch.no_grad()
+    def logits_of(self, states: States) -> Tensor:
+        """``(1, n, V)`` the logits of some states."""
+        with self._adapter(self.model):
+            return self.language_model.logits_of(states)
+
+    def logits(self, tokens: Tokens) -> Tensor:
+        """``(B, T, V)`` logits of the states before the counted tokens, 0 elsewhere."""
+        return spread(self.logits_of(self.read(tokens)), tokens.completion_mask)
 
     def _adapter(self, model: Any) -> contextlib.AbstractContextManager:
         return adapter_off(model) if self.adapter_off else contextlib.nullcontext()
