@@ -172,7 +172,9 @@ class Collector:
                 measured["kl_penalty"] = exact_kl(logits[0], ref_logits, temperature=temperature, **whole)
             return measured
 
-        readers: list[Reader] = [self.reference, self.actor_critic.language_model][: 1 + exact]
+        readers: list[Reader] = [self.reference]
+        if exact:
+            readers.append(self.actor_critic.language_model)
         measured = measure_logits(readers, samples, of_logits, micro_batch_size=self.config.micro_batch_size)
         if not exact:
             measured["kl_penalty"] = _sampled_kl(measure, samples, **measured)

@@ -79,7 +79,7 @@ def ppo_loss(
     def of_logits(logits: Tensor, part: slice) -> tuple[Tensor, Sums]:
         some, ref_logits = counted.cut(T=part), None
         if reference is not None and ref_states is not None:
-            ref_logits = reference.logits_of(ref_states.with_source(ref_states.source[:, part]))
+            ref_logits = reference.logits_of(ref_states.cut(part))
         per_token, sums = _policy_terms(logits, some, config, penalties, ref_logits)
         return token_mean_loss(per_token, some.completion_mask, token_count=token_count), sums
 

@@ -11,8 +11,8 @@ Background: docs/notes.md, "TRPO".
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,16 +23,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lmppo.checks import NonFiniteError, check_first_ratio
 from lmppo.functional import exact_kl, importance_sampled_loss, token_logprobs_and_entropy
 from lmppo.loss import ratio_sums
-from lmppo.models import LanguageModel
+from lmppo.models import LanguageModel, States, Sums, chunks_of, join_sums, sum_over_logits
 from lmppo.protocols import CausalLM
-from lmppo.records import Experience
+from lmppo.records import Experience, Tokens
 from lmppo.settings import TRPOUpdateSettings
 
 BACKTRACK = 0.8
 """Each try of the line search is this much shorter than the one before."""
 
 Measures = dict[str, float]
-_MEASURES = ("policy_loss", "trpo/kl", "approx_kl", "entropy", "ratio", "log_ratio_max")
+_MEANS = ("policy_loss", "trpo/kl", "approx_kl", "entropy", "ratio")
 
 
 def trpo_update(
@@ -77,7 +77,7 @@ def trpo_update(
         ValueError: The policy is sharded, or its attention cannot be differentiated twice.
     """
     batch = PolicyBatch(accelerator.unwrap_model(model).language_model, experience, config, accelerator)
-    start = after = batch.measure(*itertools.tee(batch.logits({})))  # new and old are the same
+    start = after = batch.measure({})
     if first_ratio_tolerance is not None:
         check_first_ratio(start, first_ratio_tolerance)
     gradient = batch.surrogate_gradient()
@@ -125,13 +125,11 @@ def _line_search(
 ) -> tuple[Measures, float]:
     """Take the longest step that passes: its measures and its fraction of the whole; the start and 0 if none does.
 
-    The parameters are written only then, so that a refused step leaves nothing behind. The old policy's logits are
-    computed once for all tries.
+    The parameters are written only then, so that a refused step leaves nothing behind.
     """
-    old = list(batch.logits({}))
     for i in range(config.trpo_line_search_steps):
         candidate = batch.moved_by(BACKTRACK**i * step)
-        after = batch.measure(batch.logits(candidate), old)
+        after = batch.measure(candidate)
         if after["policy_loss"] < start["policy_loss"] and after["trpo/kl"] <= config.trpo_max_kl:
             for name, parameter in batch.parameters.items():
                 parameter.copy_(candidate[name])
@@ -176,8 +174,9 @@ def conjugate_gradients(
 class PolicyBatch:
     """A batch as functions of the policy's trainable parameters: all means are over its counted tokens.
 
-    Every process computes its share of the rows, and all get the same means. New distributions are computed micro-batch
-    by micro-batch; those of all of the process's rows, ``(B, T, V)``, exist at once in the line search, the old policy's.
+    Every process computes its share of the rows, and all get the same means. The old policy's hidden states are computed
+    once; logits exist in chunks of tokens, but for the Fisher product, which needs those of a micro-batch twice
+    differentiable.
 
     Args:
         language_model: The policy; its present parameters are the old ones.
@@ -196,17 +195,30 @@ class PolicyBatch:
         config: TRPOUpdateSettings,
         accelerator: Accelerator,
     ) -> None:
-        self.policy = _Logits(language_model, accelerator)
+        self.policy = _Policy(language_model, accelerator)
         self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         _check_differentiable(language_model.model, self.parameters)
         own_rows = experience.rows(slice(accelerator.process_index, None, accelerator.num_processes))
         self.micros = [micro for _, micro in own_rows.micro_batches(config.micro_batch_size)]
+        self.vocab_size = language_model.vocab_size
         self.n_tokens = max(1, int(experience.completion_mask.sum()))
         self.config, self.accelerator = config, accelerator
+        with torch.no_grad():
+            self.old = [self.policy(micro.tokens) for micro in self.micros]
 
     def surrogate_gradient(self) -> Tensor:
         """``(N,)`` gradient of mean ratio * advantage, N the number of trainable parameters."""
-        return self._mean(lambda micro: self._gradient(-self._losses(micro, self.policy(micro))["policy_loss"]))
+
+        def of_one(micro: Experience) -> Tensor:
+            counted = micro.counted()
+
+            def surrogate(logits: Tensor, part: slice) -> tuple[Tensor, Sums]:
+                return -self._losses(counted.cut(T=part), logits)["policy_loss"], {}
+
+            states = self.policy(micro.tokens)
+            return self._gradient(sum_over_logits(states, self.policy, surrogate, vocab_size=self.vocab_size)[0])
+
+        return self._mean(of_one)
 
     def fisher_vector_product(self, v: Tensor) -> Tensor:
         """``(N,)`` product of the Fisher matrix with ``v (N,)``: the Hessian of the mean KL(old || new) at new = old.
@@ -215,30 +227,27 @@ class PolicyBatch:
         """
 
         def one_product(micro: Experience) -> Tensor:
-            logits = self.policy(micro)
-            kl = self._kl(micro, logits.detach(), logits)
+            logits = self.policy(self.policy(micro.tokens))
+            kl = self._kl(micro.counted(), logits.detach(), logits)
             return self._gradient(torch.dot(self._gradient(kl, create_graph=True), v))
 
         return self._mean(one_product)
 
     @torch.no_grad()
-    def logits(self, parameters: dict[str, Tensor]) -> Iterator[Tensor]:
-        """The logits of each micro-batch, with some of the policy's parameters replaced."""
-        for micro in self.micros:
-            yield functional_call(self.policy, parameters, (micro,))
-
-    @torch.no_grad()
-    def measure(self, new: Iterable[Tensor], old: Iterable[Tensor]) -> Measures:
-        """A policy against the old one, by the logits of each."""
-
-        def measures_of(micro: Experience, new: Tensor, old: Tensor) -> Tensor:
-            numbers = self._losses(micro, new) | {"trpo/kl": self._kl(micro, old, new)}
-            return torch.stack([numbers[name] for name in _MEASURES])
-
-        rows = torch.stack([measures_of(*parts) for parts in zip(self.micros, new, old, strict=True)])
-        means = self.accelerator.reduce(rows[:, :-1].sum(dim=0), reduction="sum") / self.n_tokens
-        largest = self.accelerator.gather(rows[:, -1].max().reshape(1)).max()
-        return dict(zip(_MEASURES, [*means.tolist(), largest.item()], strict=True))
+    def measure(self, parameters: dict[str, Tensor]) -> Measures:
+        """A policy against the old one: with some of its parameters replaced."""
+        seen = []
+        for micro, old in zip(self.micros, self.old, strict=True):
+            new, counted = functional_call(self.policy, parameters, (micro.tokens,)), micro.counted()
+            for part in chunks_of(len(new), self.vocab_size):
+                some, logits = counted.cut(T=part), functional_call(self.policy, parameters, (new.cut(part),))
+                seen.append(
+                    self._losses(some, logits) | {"trpo/kl": self._kl(some, self.policy(old.cut(part)), logits)}
+                )
+        sums = join_sums(seen)
+        means = self.accelerator.reduce(torch.stack([sums[n] for n in _MEANS]), reduction="sum") / self.n_tokens
+        largest = self.accelerator.gather(sums["log_ratio_max"].reshape(1)).max()
+        return dict(zip(_MEANS, means.tolist(), strict=True)) | {"log_ratio_max": largest.item()}
 
     def moved_by(self, step: Tensor) -> dict[str, Tensor]:
         """The trainable parameters plus a step ``(N,)``, by name."""
@@ -272,8 +281,8 @@ class PolicyBatch:
         return sums | ratio_sums(logprobs, micro)
 
 
-class _Logits(nn.Module):
-    """The policy's logits ``(B, T, V)`` of a micro-batch, by operations that can be differentiated twice.
+class _Policy(nn.Module):
+    """The policy's two steps, tokens to states and states to logits, by operations that can be differentiated twice.
 
     The fused kernels of scaled_dot_product_attention cannot; its plain one can, and computes what eager attention does.
     """
@@ -284,10 +293,11 @@ class _Logits(nn.Module):
         self.language_model = language_model
         self.autocast = accelerator.autocast
 
-    def forward(self, micro: Experience) -> Tensor:
+    def forward(self, given: Tokens | States) -> Any:
+        if isinstance(given, States):
+            return self.language_model.logits_of(given)
         with sdpa_kernel(SDPBackend.MATH), self.autocast():
-            states = self.language_model.read(micro.tokens)
-            return self.language_model.logits_of(states)[:, :-1]
+            return self.language_model.read(given)
 
 
 def _check_differentiable(policy: CausalLM, parameters: dict[str, nn.Parameter]) -> None:

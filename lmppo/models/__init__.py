@@ -1,7 +1,7 @@
 """The models: policy and critic in one module, split into trunk and heads; the frozen reference; loading them."""
 
 from lmppo.models.actor_critic import HEADS, ActorCritic
-from lmppo.models.chunks import Sums, join_sums
+from lmppo.models.chunks import Sums, chunks_of, join_sums, sum_over_logits
 from lmppo.models.decoder import Decoder
 from lmppo.models.inputs import Positions, inputs_of
 from lmppo.models.language_model import LanguageModel, vocab_size_of
@@ -24,6 +24,7 @@ __all__ = [
     "States",
     "Sums",
     "UnsupportedModelError",
+    "chunks_of",
     "compute_precision",
     "inputs_of",
     "join_sums",
@@ -32,5 +33,6 @@ __all__ = [
     "measure_logits",
     "recomputing",
     "score_tokens",
+    "sum_over_logits",
     "vocab_size_of",
 ]

@@ -50,7 +50,7 @@ def measure_logits(
         pieces = [
             compute(
                 counted.cut(T=part),
-                *(r.logits_of(s.with_source(s.source[:, part])) for r, s in zip(readers, states, strict=True)),
+                *(r.logits_of(s.cut(part)) for r, s in zip(readers, states, strict=True)),
             )
             for part in chunks_of(len(states[0]), readers[0].vocab_size)
         ]

@@ -30,6 +30,10 @@ class States:
     def __len__(self) -> int:
         return self.source.shape[1]
 
+    def cut(self, part: slice) -> "States":
+        """Some of the states of each row."""
+        return self.with_source(self.source[:, part])
+
     def with_source(self, source: Tensor) -> "States":
         """The states whose logits are made of another tensor."""
         return States(source) if self.logits is None else States(None, source)
