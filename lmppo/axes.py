@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 
-def axes(names: str, *dtypes: torch.dtype) -> Any:
+def axes(names: str, *dtypes: torch.dtype, optional: bool = False) -> Any:
     """A field that holds a tensor with these axes, such as ``"B T K"``.
 
     Args:
         names: The axes, the first of them ``B``. An axis has one size throughout a record.
         dtypes: What the tensor may hold; none given: floating-point numbers.
+        optional: Whether the field may be None, which is its default then.
     """
-    return field(metadata={"axes": tuple(names.split()), "dtypes": dtypes})
+    metadata = {"axes": tuple(names.split()), "dtypes": dtypes}
+    return field(metadata=metadata, default=None) if optional else field(metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Record:
         changed: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
+            if value is None:
+                continue
             if isinstance(value, Record):
                 changed[f.name] = value.map(function)
             elif "axes" in f.metadata:
@@ -64,6 +68,8 @@ class Record:
     def _check(self, name: str, sizes: dict[str, int]) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            if value is None and f.default is None:
+                continue
             if isinstance(value, Record):
                 value._check(f"{name}.{f.name}", sizes)
             elif "axes" in f.metadata:

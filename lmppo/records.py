@@ -25,12 +25,15 @@ class Tokens(Record):
         prompt_mask: ``(B, P)`` True on prompt tokens.
         completion_ids: ``(B, T)`` sampled tokens, padded on the right.
         completion_mask: ``(B, T)`` True on the sampled tokens that count, EOS included.
+        below: ``(B, W, H)`` what frozen lower layers compute of each row, from its first token on; None where there are
+            none.
     """
 
     prompt_ids: Tensor = axes("B P", torch.long)
     prompt_mask: Tensor = axes("B P", torch.bool)
     completion_ids: Tensor = axes("B T", torch.long)
     completion_mask: Tensor = axes("B T", torch.bool)
+    below: Tensor | None = axes("B W H", optional=True)
 
     @property
     def input_ids(self) -> Tensor:
@@ -85,7 +88,7 @@ class TokenRecord(Record):
         def pick(tensor: Tensor, names: tuple[str, ...]) -> Tensor:
             if names[:2] == ("B", "T"):
                 return tensor[mask].unsqueeze(0)
-            if names != ("B", "P"):
+            if names[:2] not in (("B", "P"), ("B", "W")):
                 raise TypeError(f"A {type(self).__name__} has numbers for whole rows, with the axes {names}.")
             return tensor[:1, :0]
 

@@ -43,6 +43,7 @@ class ActorCritic(nn.Module):
         policy: A causal language model, plain or with a peft adapter.
         critic: ``None``, or a model with ``n_streams`` outputs for each token; see :func:`lmppo.models.critics.load_critic`.
         n_streams: Number of reward streams ``K``.
+        num_layers_unfrozen: How many of the policy's top layers are trained; None: all.
 
     Raises:
         UnsupportedModelError: The policy or the critic computes something else of a row in a padded batch, over a cache,
@@ -53,14 +54,20 @@ class ActorCritic(nn.Module):
     critic: Any
     value_head: Any
 
-    def __init__(self, policy: CausalLM, critic: PreTrainedModel | None = None, n_streams: int = 1) -> None:
+    def __init__(
+        self,
+        policy: CausalLM,
+        critic: PreTrainedModel | None = None,
+        n_streams: int = 1,
+        num_layers_unfrozen: int | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.critic = critic
         self.value_head = None
         self.n_streams = n_streams
         self.eval()
-        self.language_model = LanguageModel(policy)
+        self.language_model = LanguageModel(policy, num_layers_unfrozen=num_layers_unfrozen)
         self._masks_steps = needs_step_masks(self.language_model)
         if critic is not None:
             self._critic_positions = probe_critic(critic)
@@ -124,13 +131,11 @@ class ActorCritic(nn.Module):
 
     def last_values(self, tokens: Tokens) -> Tensor:
         """``(B, K)`` values of the state after each row's last counted token."""
+        if self.critic is None:
+            return self.values_of(self.language_model.read_last(tokens).hidden)[0]
         aligned = Aligned.of(tokens)
         rows = torch.arange(len(aligned.last), device=aligned.last.device)
-        if self.critic is not None:
-            return self._critic_everywhere(aligned.ids)[rows, aligned.last]
-        inputs = inputs_of(aligned.ids, self.language_model.positions)
-        states = self.language_model.forward(last=aligned.ids.shape[1], **inputs)
-        return self.values_of(states.at(rows, aligned.last).hidden)[0]
+        return self._critic_everywhere(aligned.ids)[rows, aligned.last]
 
     def decoder(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decoder:
         """The policy's cache over left-padded prompts ``(B, P)``, to be fed token by token."""

@@ -3,8 +3,7 @@
 Axes: ``B`` sequences, ``S`` positions, ``N`` counted tokens of all sequences, ``H`` hidden, ``V`` vocabulary.
 """
 
-import contextlib
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lmppo.functional._inputs import widen
 from lmppo.models.chunks import OfLogits, Sums, sum_over_logits
+from lmppo.models.frozen_layers import FrozenLayers, answering
 from lmppo.models.inputs import Aligned, Positions, base_of, inputs_of, kind_of, takes
 from lmppo.models.probe import (
     Outputs,
@@ -42,21 +42,28 @@ class LanguageModel:
         positions: How it counts positions.
         cache_name: What it calls its cache; empty where it has none of transformers' kind (RWKV's ``state``).
         width: ``H``; 0 where the model gives no hidden states.
+        frozen: Its lower layers, if they are never trained.
 
     Args:
         model: A causal language model, plain or with a peft adapter, in evaluation mode.
         name: How messages name it.
+        num_layers_unfrozen: How many of its top layers are trained; None: all.
 
     Raises:
-        UnsupportedModelError: It is none, or computes something else of a row when the row is padded.
+        UnsupportedModelError: It is none, or computes something else of a row when the row is padded; or its lower layers
+            cannot be told from the others.
     """
 
-    def __init__(self, model: CausalLM, name: str = "model") -> None:
+    def __init__(self, model: CausalLM, name: str = "model", num_layers_unfrozen: int | None = None) -> None:
         self.model = model
+        self.frozen: FrozenLayers | None = None
         self.trunk: Any = None
         self._output_class: Any = None
         self.cache_name = next((n for n in ("past_key_values", "cache_params") if takes(model, n)), "")
         self.positions, self.width = self._probe(name)
+        if num_layers_unfrozen is not None:
+            self.frozen = FrozenLayers(model, num_layers_unfrozen, name)
+            self._check_frozen()
 
     @torch.no_grad()
     def _probe(self, name: str) -> tuple[Positions, int]:
@@ -82,6 +89,17 @@ class LanguageModel:
             positions = find_positions(self.outputs, tokens, alone, self.model, name, takes_positions=told)
         return positions, alone[0][1].shape[-1] if len(alone[0]) > 1 else 0
 
+    @torch.no_grad()
+    def _check_frozen(self) -> None:
+        """From the states at the boundary the model computes what it computes of the tokens."""
+        assert self.frozen is not None
+        tokens = probe_tokens(self.model)
+        expected = self.read(tokens).source
+        started = self.read(replace(tokens, below=self.read_below(tokens))).source
+        difference = excess([started], [expected], self.model)
+        if difference.too_large:
+            raise self.frozen.unsupported(f"its upper layers alone compute something else ({difference})")
+
     @property
     def vocab_size(self) -> int:
         """``V``."""
@@ -90,8 +108,27 @@ class LanguageModel:
     def read(self, tokens: Tokens) -> States:
         """What the model computes of the states before the N counted tokens, ``(1, N, ...)``; nothing behind them."""
         aligned = Aligned.of(tokens)
-        ids = aligned.ids[:, : max(1, aligned.ids.shape[1] - 1)]
-        return self.forward(last=ids.shape[1], **inputs_of(ids, self.positions)).at(aligned.rows, aligned.columns)
+        width = max(1, aligned.ids.shape[1] - 1)
+        return self._read(aligned.ids[:, :width], tokens.below).at(aligned.rows, aligned.columns)
+
+    def read_last(self, tokens: Tokens) -> States:
+        """What it computes of the state after each row's last counted token, ``(1, B, ...)``."""
+        aligned = Aligned.of(tokens)
+        rows = torch.arange(len(aligned.ids), device=aligned.ids.device)
+        return self._read(aligned.ids, tokens.below).at(rows, aligned.last)
+
+    def read_below(self, tokens: Tokens) -> Tensor:
+        """``(B, W, H)`` what the frozen lower layers compute, for ``tokens.below``."""
+        assert self.frozen is not None
+        inputs = inputs_of(Aligned.of(tokens).ids, self.positions)
+        return self.frozen.compute(self.model, inputs)
+
+    def _read(self, ids: Tensor, below: Tensor | None) -> States:
+        inputs = {"last": ids.shape[1], **inputs_of(ids, self.positions)}
+        if self.frozen is None or below is None:
+            return self.forward(**inputs)
+        with self.frozen.answering(below[:, : ids.shape[1]]):
+            return self.forward(**inputs)
 
     def forward(self, *, last: int, **inputs: Any) -> States:
         """The ``last`` positions of a forward pass."""
@@ -129,7 +166,7 @@ class LanguageModel:
     @torch.compiler.disable  # it cannot follow a forward that is exchanged
     def _head(self, trunk: nn.Module, hidden: Tensor) -> Tensor:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with _answering(trunk, self._output_class(last_hidden_state=hidden)):
+        with answering(trunk, self._output_class(last_hidden_state=hidden)):
             return self.model(input_ids=ids, use_cache=False).logits
 
     def outputs(self, **inputs: Any) -> Outputs:
@@ -160,19 +197,6 @@ class LanguageModel:
             return same and not excess([one_row], [expected], self.model).too_large
         except Exception:  # whatever the parts of a model object to, its own forward is right
             return False
-
-
-@contextlib.contextmanager
-def _answering(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within it the module answers ``output``, whatever it is given."""
-    own = vars(module).get("forward")
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def vocab_size_of(model: Any) -> int:

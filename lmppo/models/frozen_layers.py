@@ -1,0 +1,104 @@
+"""Lower layers that stay as they are: what they compute of a rollout is computed once.
+
+Policy and reference share them, and every pass over the same tokens starts from the states at the boundary.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmppo.models.inputs import base_of, kind_of
+from lmppo.models.probe import UnsupportedModelError
+
+
+class FrozenLayers:
+    """The layers of a model below the ones that are trained.
+
+    Args:
+        model: A causal language model, plain or with an adapter.
+        n_trained: How many of the top layers are trained.
+        name: How messages name the model.
+
+    Raises:
+        ValueError: It has no lower layers then.
+        UnsupportedModelError: Its layers cannot be found.
+    """
+
+    def __init__(self, model: Any, n_trained: int, name: str = "model") -> None:
+        base = base_of(model)
+        self.name, self.kind = name, kind_of(model)
+        n_layers = base.config.get_text_config(decoder=True).num_hidden_layers
+        if not 1 <= n_trained < n_layers:
+            raise ValueError(
+                f"num_layers_unfrozen={n_trained}: {name} is a {self.kind} of {n_layers} layers; give 1 to "
+                f"{n_layers - 1}, or leave it out to train all of them."
+            )
+        stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+        if not stacks:
+            raise self.unsupported(f"it has no list of {n_layers} layers")
+        self.layers: list[Any] = list(stacks[0])[: n_layers - n_trained]
+        self._others: tuple[Any, ...] | None = None
+
+    def unsupported(self, reason: str) -> UnsupportedModelError:
+        """The error that says why a model cannot be used so."""
+        return UnsupportedModelError(
+            f"num_layers_unfrozen does not work for {self.name}, a {self.kind}: {reason}. Leave it out, or train an "
+            f"adapter on the top layers (LoraConfig(layers_to_transform=...))."
+        )
+
+    @torch.no_grad()
+    def compute(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """``(B, W, H)`` what the lower layers compute of some inputs; the layers above are not run.
+
+        Raises:
+            UnsupportedModelError: They give something else.
+        """
+        reached: list[Any] = []
+
+        def stop(*args: Any) -> None:
+            reached.append(args[-1])
+            raise _ReachedError
+
+        handle = self.layers[-1].register_forward_hook(stop)
+        try:
+            model(**inputs)
+        except _ReachedError:
+            pass
+        finally:
+            handle.remove()
+        output = reached[0] if reached else None
+        hidden, *others = output if isinstance(output, tuple) else (output,)
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or any(other is not None for other in others):
+            raise self.unsupported("its layers hand on more than hidden states")
+        self._others = tuple(others) if isinstance(output, tuple) else None
+        return hidden
+
+    @contextlib.contextmanager
+    def answering(self, hidden: Tensor | None) -> Iterator[None]:
+        """Within it the lower layers answer these states ``(B, W, H)``, whatever they are given; None: they compute."""
+        with contextlib.ExitStack() as stack:
+            if hidden is not None:
+                output = hidden if self._others is None else (hidden, *self._others)
+                for layer in self.layers:
+                    stack.enter_context(answering(layer, output))
+            yield
+
+
+class _ReachedError(Exception):
+    """The last of the lower layers has computed."""
+
+
+@contextlib.contextmanager
+def answering(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within it the module answers ``output``, whatever it is given."""
+    own = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
