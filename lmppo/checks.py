@@ -88,6 +88,25 @@ def check_logits(logits: Tensor, rows: Tensor) -> None:
         raise NonFiniteError(f"The policy's logits are not finite in rows {broken[:8]} of this process's batch.")
 
 
+def check_choice(logits: Tensor, allowed: Tensor, rows: Tensor) -> None:
+    """Some token that may be sampled has a probability above 0.
+
+    Args:
+        logits: ``(B, V)``.
+        allowed: ``(B, V)`` True on the tokens that may be sampled.
+        rows: ``(B,)`` the numbers of those rows, for the message.
+
+    Raises:
+        NonFiniteError: Names the rows.
+    """
+    empty = rows[~(allowed & (logits > -math.inf)).any(dim=-1)].tolist()
+    if empty:
+        raise NonFiniteError(
+            f"No token can be sampled in rows {empty[:8]} of this process's batch: those that suppress_tokens, "
+            f"bad_words_ids and min_new_tokens leave have the logit -inf in the policy. Forbid fewer tokens."
+        )
+
+
 def check_reference(ref_logprobs: Tensor, kl: Tensor, completion_ids: Tensor) -> None:
     """The reference gives every token that was sampled a probability above 0, and the KL to it is finite.
 
