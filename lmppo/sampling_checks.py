@@ -94,7 +94,7 @@ def sampling_warnings(params: SamplingParams, config: PPOConfig, policy: CausalL
     remedies = [f"set {', '.join(settings)} in the configuration of the run"] * bool(settings)
     remedies += [f"there is no setting for {', '.join(missing)}"] * bool(missing)
     yield (
-        f"model.generation_config has {named}, which have no effect here: the settings of the run say how completions "
+        f"model.generation_config has {named}: without effect here, as the settings of the run alone say how completions "
         f"are sampled. To sample as the model's own configuration says, {'; '.join(remedies)}."
     )
 
