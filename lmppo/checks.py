@@ -54,7 +54,7 @@ def check_kl_zero(worst: float, tolerance: float) -> None:
 
     Args:
         worst: The largest |log-ratio of policy and reference + log of the kept mass| on a token; the kept mass is the
-            probability of the tokens that top-k, top-p and min-p leave, 1 without them.
+            probability of the tokens that could be sampled, 1 where all could.
         tolerance: The largest one allowed.
 
     Raises:

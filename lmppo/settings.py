@@ -141,7 +141,9 @@ class KLSettings(Settings):
 class TruncationSettings(Settings):
     """What becomes of completions that were cut."""
 
-    truncation: str = knob("end", f"What becomes of a completion cut without EOS: {', '.join(TRUNCATIONS)}.")
+    truncation: str = knob(
+        "end", f"What becomes of a completion that was cut before its end: {', '.join(TRUNCATIONS)}."
+    )
     truncation_penalty: float = knob(1.0, "Taken from a cut completion's reward, with truncation='penalty'.")
 
 
