@@ -3,7 +3,7 @@
 Checking, selecting rows, cutting padding and gathering read the declarations, never a field's name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -60,6 +60,18 @@ class Record:
     def rows(self, rows: Tensor | slice) -> Self:
         """The record of some rows only (an index tensor, a boolean mask, or a slice)."""
         return self.map(lambda tensor, _: tensor[rows])
+
+    @classmethod
+    def joined(cls, records: Sequence[Self]) -> Self:
+        """The rows of several records, in order; what is no tensor is the first one's."""
+        joined: dict[str, Any] = {}
+        for f in fields(records[0]):
+            parts = [getattr(record, f.name) for record in records]
+            if isinstance(parts[0], Record):
+                joined[f.name] = type(parts[0]).joined(parts)
+            elif "axes" in f.metadata and parts[0] is not None:
+                joined[f.name] = torch.cat(parts)
+        return replace(records[0], **joined)
 
     def cut(self, **kept: slice) -> Self:
         """The record with some axes cut, such as ``T=slice(0, 5)``, wherever they occur."""

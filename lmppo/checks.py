@@ -73,6 +73,17 @@ class NonFiniteError(RuntimeError):
     """A number that must be finite is NaN or infinite; nothing was updated or saved with it."""
 
 
+def can_be_sampled(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """``(B,)`` False on the rows that :func:`check_logits` and :func:`check_choice` refuse.
+
+    Args:
+        logits: ``(B, V)``.
+        allowed: ``(B, V)`` True on the tokens that may be sampled; None: all.
+    """
+    usable = logits.amax(dim=-1).isfinite()
+    return usable if allowed is None else usable & ((logits > float("-inf")) & allowed).any(dim=-1)
+
+
 def check_logits(logits: Tensor, rows: Tensor) -> None:
     """No NaN and no +inf; -inf is a token that the model itself rules out.
 
@@ -88,18 +99,18 @@ def check_logits(logits: Tensor, rows: Tensor) -> None:
         raise NonFiniteError(f"The policy's logits are not finite in rows {broken[:8]} of this process's batch.")
 
 
-def check_choice(logits: Tensor, allowed: Tensor, rows: Tensor) -> None:
+def check_choice(logits: Tensor, allowed: Tensor | None, rows: Tensor) -> None:
     """Some token that may be sampled has a probability above 0.
 
     Args:
         logits: ``(B, V)``.
-        allowed: ``(B, V)`` True on the tokens that may be sampled.
+        allowed: ``(B, V)`` True on the tokens that may be sampled; None: all.
         rows: ``(B,)`` the numbers of those rows, for the message.
 
     Raises:
         NonFiniteError: Names the rows.
     """
-    empty = rows[~(allowed & (logits > -math.inf)).any(dim=-1)].tolist()
+    empty = rows[~can_be_sampled(logits, allowed)].tolist()
     if empty:
         raise NonFiniteError(
             f"No token can be sampled in rows {empty[:8]} of this process's batch: those that suppress_tokens, "

@@ -108,12 +108,12 @@ class Collector:
         width = max(len(ids) for ids in prompts.input_ids)
         own_prompts = prompts.rows(rows)
         prompt_ids, prompt_mask = (x.to(self.accelerator.device) for x in pad_left(own_prompts.input_ids, width))
-        noise = uniform_noise(self.config.seed, iteration, rows, self.params.max_completion_length, purpose=purpose)
         learning = purpose == ROLLOUT
         measure = self.config.kl_measure if learning else "k1"
         with raised_together(self.accelerator, "The rollout"):
             with self.accelerator.autocast():
-                samples = sample(self.actor_critic, prompt_ids, prompt_mask, noise, self.params, values=learning)
+                samples = self._sample(prompt_ids, prompt_mask, rows, iteration, purpose)
+                samples = replace(samples, tokens=self._with_below(samples))
                 if self.precision != "no":  # the sampler's matrix shapes round differently
                     samples = replace(samples, logprobs=self._score_tokens(samples))
                 under_reference = self._under_reference(samples, measure)
@@ -143,6 +143,33 @@ class Collector:
             metrics=_average([scores.metrics], self.accelerator),
             extras=_join([scores.extras], self.accelerator),
         )
+
+    def _sample(self, prompt_ids: Tensor, prompt_mask: Tensor, rows: range, iteration: int, purpose: int) -> Samples:
+        """The process's rows, ``sample_batch_size`` at a time."""
+        params, config, parts = self.params, self.config, []
+        size = config.sample_batch_size or len(rows)
+        for start in range(0, len(rows), size):
+            some = slice(start, start + size)
+            noise = uniform_noise(config.seed, iteration, rows[some], params.max_completion_length, purpose=purpose)
+            batch = (self.actor_critic, prompt_ids[some], prompt_mask[some], noise, params)
+            learning = purpose == ROLLOUT
+            parts.append(sample(*batch, values=learning, micro_batch_size=config.micro_batch_size))
+        return Samples.joined(parts)
+
+    @torch.no_grad()
+    def _with_below(self, samples: Samples) -> Tokens:
+        """The tokens with what frozen lower layers compute of them, if there are such."""
+        model, tokens = self.actor_critic.language_model, samples.tokens
+        if model.frozen is None:
+            return tokens
+        longest = self.accelerator.gather(tokens.attention_mask.sum(dim=1).max().reshape(1)).max()
+        below: Tensor | None = None
+        for rows, micro in samples.micro_batches(self.config.micro_batch_size):
+            states = model.read_below(micro.tokens)
+            if below is None:
+                below = states.new_zeros(len(samples), int(longest), states.shape[2])
+            below[rows, : states.shape[1]] = states
+        return replace(tokens, below=below)
 
     def _score_tokens(self, samples: Samples) -> Tensor:
         return score_tokens(

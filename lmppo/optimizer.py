@@ -21,9 +21,10 @@ def make_optimizer(model: ActorCritic, args: OptimizerSettings) -> torch.optim.A
             "The policy has no trainable parameters. Load an adapter with PeftModel.from_pretrained(..., "
             "is_trainable=True)."
         )
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     betas = (args.adam_beta1, args.adam_beta2)
     return torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay
+        groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=fused
     )
 
 

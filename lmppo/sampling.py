@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lmppo.checks import check_choice, check_logits
-from lmppo.functional import token_logprobs
-from lmppo.models import ActorCritic
+from lmppo.checks import can_be_sampled, check_choice, check_logits
+from lmppo.models import ActorCritic, score_values
 from lmppo.protocols import CausalLM, Tokenizer
-from lmppo.records import Samples, Tokens
+from lmppo.records import Samples, TokenRecord, Tokens
 from lmppo.settings import SamplingSettings
 from lmppo.stopping import Endings, StopStrings
 from lmppo.support import Support, pack
@@ -147,7 +146,8 @@ def draw(logits: Tensor, allowed: Tensor | None, uniforms: Tensor, *, temperatur
     total = cdf[:, -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))
     targets = torch.minimum(uniforms.to(place)[:, None] * total, below_total)
-    return torch.searchsorted(cdf, targets, right=True)[:, 0].to(logits.device)
+    token = torch.searchsorted(cdf, targets, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)  # beyond it for a NaN
+    return token.to(logits.device)
 
 
 @functools.cache
@@ -169,11 +169,12 @@ def sample(
     params: SamplingParams,
     *,
     values: bool = True,
+    micro_batch_size: int | None = None,
 ) -> Samples:
     """Sample one completion per row.
 
-    Rows that have ended are dropped from the batch and from the cache. With a shared trunk the values come from the
-    same pass; a critic of its own reads the finished sequences once.
+    Rows that have ended are dropped from the batch and from the cache. A value head's values come from the same pass; a
+    critic of its own reads the finished sequences once.
 
     Args:
         model: Policy and critic.
@@ -182,6 +183,7 @@ def sample(
         uniforms: ``(B, T)``, see :func:`uniform_noise`.
         params: The distribution.
         values: Whether to compute the critic's values; they are 0 otherwise.
+        micro_batch_size: Rows of the greatest length that a critic of its own reads at a time (default: all).
 
     Returns:
         :class:`lmppo.records.Samples`, ``T = params.max_completion_length``; 0 where the mask is False.
@@ -204,32 +206,35 @@ def sample(
     alive = torch.arange(n_rows, device=device)
     for t in range(n_time):
         logits = decoder.logits
-        check_logits(logits, alive)
         max_logit[alive] = torch.maximum(max_logit[alive], _largest(logits))
         allowed = params.allowed(logits, None if rules is None else rules[int(t >= params.min_new_tokens)])
-        if allowed is not None:
-            check_choice(logits, allowed, alive)
-            if params.warps:
-                support.entries[alive, t] = pack(allowed)
+        if params.warps and allowed is not None:
+            support.entries[alive, t] = pack(allowed)
         token = draw(logits, allowed, uniforms[alive.to(uniforms.device), t], temperature=params.temperature)
+        possible = logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
+        logprob = (possible.float() / params.temperature).log_softmax(dim=-1)
         ids[alive, t] = token
         mask[alive, t] = True
-        logprobs[alive, t] = token_logprobs(logits, token, temperature=params.temperature, support=allowed)
-        if values and model.critic is None:
+        logprobs[alive, t] = logprob.gather(1, token[:, None])[:, 0]
+        if values and model.value_head is not None:
             state_values[alive, t] = model.values_of(decoder.hidden)
         finished = endings.of(alive, token)
         ended[alive] = finished
-        if t + 1 == n_time or bool(finished.all()):
+        goes_on, usable = torch.stack([~finished, can_be_sampled(logits, allowed)]).cpu()  # the one wait for the device
+        if not usable.all():
+            check_logits(logits, alive)
+            check_choice(logits, allowed, alive)
+        if t + 1 == n_time or not goes_on.any():
             break
-        if bool(finished.any()):
-            alive, token = alive[~finished], token[~finished]
-            decoder.keep(~finished)
+        if not goes_on.all():
+            rows = goes_on.nonzero()[:, 0].to(device)
+            alive, token = alive[rows], token[rows]
+            decoder.keep(rows)
         decoder.feed(token)
-
-    tokens = Tokens(prompt_ids, prompt_mask, ids, mask)
+    record = TokenRecord(Tokens(prompt_ids, prompt_mask, ids, mask), support)
     if values and model.critic is not None:
-        state_values = model.values(tokens)
-    return Samples(tokens, support, logprobs, state_values, ended, max_logit)
+        state_values = score_values(model, record, micro_batch_size or n_rows)
+    return Samples(record.tokens, support, logprobs, state_values, ended, max_logit)
 
 
 def _supports(params: SamplingParams, n_rows: int, logits: Tensor) -> tuple[Tensor | None, Support]:

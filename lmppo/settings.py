@@ -46,6 +46,11 @@ class RunSettings(Settings):
         False,
         "Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time.",
     )
+    num_layers_unfrozen: int | None = knob(
+        None,
+        "Train only so many of the policy's top layers and what is above them; what the layers below compute of a rollout "
+        "is computed once (default: train all).",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +59,9 @@ class RolloutSettings(Settings):
 
     rollout_batch_size: int = knob(64, "Completions sampled per iteration, over all processes.")
     num_generations: int = knob(1, "Completions per prompt; rollout_batch_size counts all of them.")
+    sample_batch_size: int | None = knob(
+        None, "Completions sampled at a time on each process; affects memory and speed only (default: all)."
+    )
     shuffle_dataset: bool = knob(True, "Shuffle the prompts, in a new order each epoch.")
 
 
@@ -243,7 +251,11 @@ class PassSettings(Settings):
 
     ppo_epochs: int = knob(4, "Optimization passes over each rollout.")
     minibatch_size: int = knob(16, "Completions per optimizer step, over all processes.")
-    micro_batch_size: int = knob(16, "Completions per forward pass on each process; affects memory and speed only.")
+    micro_batch_size: int = knob(
+        16,
+        "Completions of the greatest length per forward pass on each process, and more of shorter ones; affects memory "
+        "and speed only.",
+    )
     target_kl: float | None = knob(
         None, "Stop an iteration's update, the critic's included, when approx_kl exceeds 1.5 * target_kl."
     )
@@ -288,7 +300,7 @@ class ReportingSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CollectorSettings(PassSettings, TruncationSettings, KLSettings, RunSettings):
+class CollectorSettings(PassSettings, TruncationSettings, KLSettings, RolloutSettings, RunSettings):
     """What the rollout may touch."""
 
 

@@ -26,6 +26,7 @@ from lmppo.loss import Penalties
 from lmppo.metrics import critic_metrics, rollout_metrics
 from lmppo.models import ActorCritic, Reference, compute_precision, load_policy
 from lmppo.models.critics import make_actor_critic
+from lmppo.models.language_model import freeze_lower_layers
 from lmppo.models.quantized import check_trainable
 from lmppo.models.recomputation import prepare_recomputation
 from lmppo.optimizer import make_optimizer, set_learning_rates
@@ -112,13 +113,15 @@ class PPOTrainer:
         # The models.
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
         policy: Any = load_policy(model, peft_config).to(device)
+        if self.args.num_layers_unfrozen is not None:
+            freeze_lower_layers(policy, self.args.num_layers_unfrozen)
         check_trainable(policy, self.args.objective)
         origin = str(model) if isinstance(model, str | Path) else policy.config._name_or_path
         named = origin if (Path(origin) / "tokenizer_config.json").exists() else policy.config._name_or_path
         self.processing_class = processing_class or load_tokenizer(named)  # an adapter may have none beside it
         if isinstance(ref_model, str):
             ref_model = load_policy(ref_model)
-        self.reference = Reference(policy, ref_model)
+        self.reference = Reference(policy, ref_model, self.args.num_layers_unfrozen)
         self._kl_starts_at_zero = ref_model is None
         self._first_ratio_checked = False
 
@@ -131,7 +134,13 @@ class PPOTrainer:
         # The critic, the prompts and the optimizer.
         params = self._make_params(policy)
         actor_critic = make_actor_critic(
-            policy, critic, self.args, self.processing_class, n_streams=len(self.streams), origin=origin
+            policy,
+            critic,
+            self.args,
+            self.processing_class,
+            n_streams=len(self.streams),
+            origin=origin,
+            num_layers_unfrozen=self.args.num_layers_unfrozen,
         )
         prepare_recomputation(actor_critic, self.args)
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}

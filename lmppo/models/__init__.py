@@ -10,7 +10,7 @@ from lmppo.models.probe import UnsupportedModelError
 from lmppo.models.quantized import compute_precision
 from lmppo.models.recomputation import recomputing
 from lmppo.models.reference import Reference
-from lmppo.models.scoring import Reader, measure_logits, score_tokens
+from lmppo.models.scoring import Reader, measure_logits, score_tokens, score_values
 from lmppo.models.states import States
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "measure_logits",
     "recomputing",
     "score_tokens",
+    "score_values",
     "sum_over_logits",
     "vocab_size_of",
 ]

@@ -70,7 +70,7 @@ def sum_over_logits(
         source = whole[:, part].detach().requires_grad_(source_gradient is not None)
         total, seen = compute(logits_of(states.with_source(source)), part)
         if total.requires_grad:
-            leaves = _leaves_of(total)
+            leaves = leaves_of(total)
             for leaf, gradient in zip(leaves, _unshared(torch.autograd.grad(total, leaves)), strict=True):
                 if leaf is source:
                     assert source_gradient is not None
@@ -110,7 +110,7 @@ def _unshared(gradients: Sequence[Tensor]) -> Iterator[Tensor]:
         used.add(place)
 
 
-def _leaves_of(total: Tensor) -> list[Tensor]:
+def leaves_of(total: Tensor) -> list[Tensor]:
     """The tensors that a number is made of and that gradients are wanted of."""
     found, seen, left = [], set(), [total.grad_fn]
     while left:

@@ -167,6 +167,7 @@ def make_actor_critic(
     *,
     n_streams: int,
     origin: str = "",
+    num_layers_unfrozen: int | None = None,
 ) -> ActorCritic:
     """Policy and critic; without a use for the critic its head stays as it is.
 
@@ -178,6 +179,7 @@ def make_actor_critic(
         n_streams: Number of reward streams.
         origin: The directory that the policy is from. A critic that another run has left there is taken over if it
             fits and ``critic`` is None; a line says so.
+        num_layers_unfrozen: How many of the policy's top layers are trained; None: all.
 
     Raises:
         ValueError: A critic is given, and the baseline uses none; or its labels or vocabulary do not fit.
@@ -186,7 +188,7 @@ def make_actor_critic(
     if not args.uses_critic:
         if critic is not None:
             raise ValueError(f"baseline={args.baseline!r} uses no critic: leave critic out, or set baseline='critic'.")
-        model = ActorCritic(policy, None, n_streams)
+        model = ActorCritic(policy, None, n_streams, num_layers_unfrozen)
         model.value_head.requires_grad_(False)
         return model
     left = _left_by_a_run(origin)
@@ -194,7 +196,7 @@ def make_actor_critic(
         own = load_critic(critic, policy, n_streams, tokenizer=tokenizer)
     else:
         own = _take_over_critic(left, policy, n_streams, tokenizer)
-    model = ActorCritic(policy, own, n_streams)
+    model = ActorCritic(policy, own, n_streams, num_layers_unfrozen)
     if own is None:
         _take_over_head(left, model.value_head)
     return model

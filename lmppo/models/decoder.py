@@ -23,6 +23,8 @@ from lmppo.models.probe import (
 class Decoder:
     """The policy's cache, fed one token per row at a time; rows can be dropped.
 
+    A prompt that stands in several rows, one after the other, is read once.
+
     Attributes:
         logits: ``(B, V)`` of the next token.
         hidden: ``(B, H)`` last hidden state; None where the model gives none.
@@ -40,8 +42,15 @@ class Decoder:
         self.language_model = language_model
         self.masks_steps = masks_steps
         self.cache = DynamicCache(config=language_model.model.config)
-        self.ids, self.mask = prompt_ids, prompt_mask.long()
+        rows = torch.cat([prompt_ids * prompt_mask, prompt_mask], dim=1)
+        _, copies = torch.unique_consecutive(rows, dim=0, return_inverse=True)
+        firsts = torch.unique_consecutive(copies, return_counts=True)[1].cumsum(dim=0)
+        firsts = torch.cat([firsts.new_zeros(1), firsts[:-1]])
+        self.ids, self.mask = prompt_ids[firsts], prompt_mask[firsts].long()
         self._forward(prompt_ids.shape[1], masks=True)
+        if len(firsts) < len(copies):
+            self.keep(copies)
+            self._answer(self.logits[copies], None if self.hidden is None else self.hidden[copies])
 
     def feed(self, token: Tensor) -> None:
         """Append one token per row, ``(B,)``."""
@@ -50,8 +59,8 @@ class Decoder:
         self._forward(1, masks=self.masks_steps)
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, ``(B,)`` bool."""
-        self.cache.reorder_cache(rows.nonzero()[:, 0])  # of states of convolutions and recurrences too
+        """Go on with these rows alone, given by their numbers; one that is named again is copied."""
+        self.cache.reorder_cache(rows)  # of states of convolutions and recurrences too
         self.ids, self.mask = self.ids[rows], self.mask[rows]
 
     def _forward(self, n_new: int, *, masks: bool) -> None:
@@ -63,8 +72,12 @@ class Decoder:
         told = self.language_model.positions.of(self.ids, self.mask)
         inputs |= {name: x[:, -n_new:] for name, x in told.items()}
         states = self.language_model.forward(last=1, **inputs)
-        self.logits = self.language_model.logits_of(states)[:, -1]
-        self.hidden = None if states.hidden is None else states.hidden[:, -1]
+        hidden = None if states.hidden is None else states.hidden[:, -1]
+        self._answer(self.language_model.logits_of(states)[:, -1], hidden)
+
+    def _answer(self, logits: Tensor, hidden: Tensor | None) -> None:
+        self.logits = logits
+        self.hidden = hidden
 
 
 @torch.no_grad()
@@ -107,11 +120,11 @@ def needs_step_masks(language_model: LanguageModel, name: str = "model") -> bool
 
 
 def _decode_error(language_model: LanguageModel, masks_steps: bool) -> Difference:
-    """How far the logits over the cache, row 1 dropped after its first token, are from each row alone."""
+    """How far the logits over the cache are from each row alone: row 0 twice, row 1 dropped after its first token."""
     tokens = probe_tokens(language_model.model)
     alone = read_alone(language_model.outputs, tokens)
-    rows = torch.arange(len(alone), device=tokens.prompt_ids.device)
-    decoder = Decoder(language_model, tokens.prompt_ids, tokens.prompt_mask, masks_steps=masks_steps)
+    rows = torch.tensor([0, *range(len(alone))], device=tokens.prompt_ids.device)
+    decoder = Decoder(language_model, tokens.prompt_ids[rows], tokens.prompt_mask[rows], masks_steps=masks_steps)
     lengths, differences = tokens.prompt_mask.sum(dim=1).tolist(), []
     for t in range(STEPS + 1):
         computed = [x[:, None] for x in (decoder.logits, decoder.hidden) if x is not None]
@@ -120,8 +133,9 @@ def _decode_error(language_model: LanguageModel, masks_steps: bool) -> Differenc
             expected = [x[:, place : place + 1] for x in alone[row]]
             differences.append(excess([x[i : i + 1] for x in computed], expected, language_model.model))
         if t == 1:
-            decoder.keep(rows != 1)
-            rows = rows[rows != 1]
+            left = (rows != 1).nonzero()[:, 0]
+            decoder.keep(left)
+            rows = rows[left]
         if t < STEPS:
             decoder.feed(tokens.completion_ids[rows, t])
     return largest(differences)

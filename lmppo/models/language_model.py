@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmppo.functional._inputs import widen
-from lmppo.models.chunks import OfLogits, Sums, sum_over_logits
+from lmppo.models.chunks import OfLogits, Sums, leaves_of, sum_over_logits
 from lmppo.models.frozen_layers import FrozenLayers, answering
 from lmppo.models.inputs import Aligned, Positions, base_of, inputs_of, kind_of, takes
 from lmppo.models.probe import (
@@ -197,6 +197,35 @@ class LanguageModel:
             return same and not excess([one_row], [expected], self.model).too_large
         except Exception:  # whatever the parts of a model object to, its own forward is right
             return False
+
+
+def freeze_lower_layers(policy: Any, num_layers_unfrozen: int) -> None:
+    """Train only what is computed after the lower layers: the layers above, the final norm, a head that is not tied.
+
+    A head that is tied to the embedding stays as it is, and so does what is frozen already.
+
+    Args:
+        policy: A causal language model, plain or with an adapter.
+        num_layers_unfrozen: How many of its top layers are trained.
+
+    Raises:
+        ValueError: It has fewer layers, or an adapter with weights below the layers that are trained.
+        UnsupportedModelError: Its lower layers cannot be told from the others.
+    """
+    model = LanguageModel(policy, num_layers_unfrozen=num_layers_unfrozen)
+    tokens = probe_tokens(policy)
+    with torch.enable_grad():
+        above = set(leaves_of(model.logits(replace(tokens, below=model.read_below(tokens))).sum()))
+    above -= {policy.get_input_embeddings().weight}
+    below = {name: p for name, p in policy.named_parameters() if p.requires_grad and p not in above}
+    if hasattr(policy, "peft_config") and below:
+        raise ValueError(
+            f"num_layers_unfrozen={num_layers_unfrozen}: the adapter has weights below those layers, such as "
+            f"{next(iter(below))}. Give it the top layers only (LoraConfig(layers_to_transform=...)), or leave "
+            f"num_layers_unfrozen out."
+        )
+    for parameter in below.values():
+        parameter.requires_grad_(False)
 
 
 def vocab_size_of(model: Any) -> int:

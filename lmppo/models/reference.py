@@ -23,11 +23,18 @@ class Reference:
 
     ``ref_model`` stays as it is: a view of its weights is used, or a float32 copy.
 
+    Args:
+        policy: The policy.
+        ref_model: The reference, if it is not the policy as it is now.
+        num_layers_unfrozen: How many of the policy's top layers are trained; None: all.
+
     Raises:
         ValueError: ``ref_model`` has another vocabulary than the policy, or weights that are trained.
     """
 
-    def __init__(self, policy: Any, ref_model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, policy: Any, ref_model: PreTrainedModel | None = None, num_layers_unfrozen: int | None = None
+    ) -> None:
         self.model: Any
         self.adapter_off = False
         if ref_model is not None:
@@ -46,7 +53,10 @@ class Reference:
                 trained = [p for p in policy.parameters() if p.requires_grad]
             self.model = frozen_view(policy, copied=trained)
         with self._adapter(self.model):
-            self.language_model = LanguageModel(self.model, "ref_model" if ref_model is not None else "model")
+            if ref_model is not None:
+                self.language_model = LanguageModel(self.model, "ref_model")
+            else:  # the policy's lower layers are its own
+                self.language_model = LanguageModel(self.model, num_layers_unfrozen=num_layers_unfrozen)
 
     @property
     def vocab_size(self) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lmppo.functional import token_logprobs
+from lmppo.models.actor_critic import ActorCritic
 from lmppo.models.chunks import chunks_of
 from lmppo.models.states import States
 from lmppo.records import TokenRecord, Tokens, spread
@@ -76,3 +77,18 @@ def score_tokens(reader: Reader, record: TokenRecord, temperature: float, micro_
         return {"logprobs": token_logprobs(logits, ids, temperature=temperature, support=support)}
 
     return measure_logits([reader], record, score, micro_batch_size=micro_batch_size)["logprobs"]
+
+
+@torch.no_grad()
+def score_values(model: ActorCritic, record: TokenRecord, micro_batch_size: int) -> Tensor:
+    """``(B, T, K)`` the critic's values of the states before the counted tokens; 0 where the mask is False.
+
+    Args:
+        model: Policy and critic.
+        record: The tokens.
+        micro_batch_size: Rows of the greatest length at a time.
+    """
+    values = torch.zeros(*record.completion_mask.shape, model.n_streams, device=record.completion_mask.device)
+    for rows, micro in record.micro_batches(micro_batch_size):
+        values[rows] = model.values(micro.tokens)
+    return values
