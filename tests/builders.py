@@ -163,8 +163,8 @@ def supports(record):
 
 def read(model, *batch):
     """Logits and values of prompt ids and mask, completion ids and mask."""
-    outputs = model(Tokens(*batch))
-    return outputs["logits"], outputs["values"]
+    tokens = Tokens(*batch)
+    return model.logits(tokens), model.values(tokens)
 
 
 def with_mask(record, mask):

@@ -82,7 +82,7 @@ def test_padded_rows_are_those_of_the_plain_model(build):
     prompts = [[5], [2, 3, 4, 5, 6, 7, 8], [9, 10, 11]]
     noise = uniform_noise(4, 0, range(3), 8)
     samples = sample(actor_critic, *pad_left(prompts, 7), noise, SamplingParams(8, (2, 3, 4)))
-    again = actor_critic(samples.tokens)
+    logits, again = actor_critic.logits(samples.tokens), actor_critic.values(samples.tokens)
     lengths = samples.completion_mask.sum(dim=1).tolist()
     assert len(set(lengths)) > 1, "a row ends before another"
     for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
@@ -91,11 +91,11 @@ def test_padded_rows_are_those_of_the_plain_model(build):
         states = slice(len(prompt) - 1, len(prompt) - 1 + n)
         expected = logprobs[states].gather(1, completion[:, None])[:, 0]
         torch.testing.assert_close(samples.logprobs[i, :n], expected, atol=2e-5, rtol=0)
-        torch.testing.assert_close(again["logits"][i, :n].log_softmax(-1), logprobs[states], atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits[i, :n].log_softmax(-1), logprobs[states], atol=2e-5, rtol=0)
         if build is not opt_350m:  # its head reads a projection of these
             values = actor_critic.values_of(hidden)[states]
             torch.testing.assert_close(samples.values[i, :n], values, atol=1e-4, rtol=0)
-            torch.testing.assert_close(again["values"][i, :n], values, atol=1e-4, rtol=0)
+            torch.testing.assert_close(again[i, :n], values, atol=1e-4, rtol=0)
 
 
 def test_what_the_models_tell_of_themselves():
