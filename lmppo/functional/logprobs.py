@@ -60,7 +60,12 @@ def token_entropy(logits: Tensor, *, temperature: float = 1.0, support: Tensor |
 
 
 def token_logprobs_and_entropy(
-    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, support: Tensor | None = None
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    support: Tensor | None = None,
+    entropy_gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_logprobs` and :func:`token_entropy` of the same logits, for the price of one softmax.
 
@@ -69,6 +74,7 @@ def token_logprobs_and_entropy(
         tokens: (...) int64, each in [0, V).
         temperature: Logits are divided by it.
         support: Bool, broadcastable to ``logits``; True = the sampler could choose that token. None: all tokens.
+        entropy_gradient: Whether the entropy is to be differentiated; without, it takes less memory.
 
     Returns:
         ``(logprobs, entropy)``, both (...).
@@ -79,7 +85,8 @@ def token_logprobs_and_entropy(
     """
     _check_tokens("token_logprobs_and_entropy", logits, tokens)
     logprobs = log_distribution("token_logprobs_and_entropy", logits, temperature=temperature, support=support)
-    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), _entropy(logprobs)
+    entropy = _entropy(logprobs) if entropy_gradient else torch.special.entr(logprobs.detach().exp()).sum(dim=-1)
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy
 
 
 def support_logprobs(logits: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
