@@ -85,7 +85,7 @@ def token_logprobs_and_entropy(
     """
     _check_tokens("token_logprobs_and_entropy", logits, tokens)
     logprobs = log_distribution("token_logprobs_and_entropy", logits, temperature=temperature, support=support)
-    entropy = _entropy(logprobs) if entropy_gradient else torch.special.entr(logprobs.detach().exp()).sum(dim=-1)
+    entropy = _entropy(logprobs if entropy_gradient else logprobs.detach())
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy
 
 
@@ -134,7 +134,8 @@ def _kept_logits(function: str, logits: Tensor, temperature: float, support: Ten
 
 def _entropy(logprobs: Tensor) -> Tensor:
     # Below -1e4 the probability is 0 in any dtype, so the clamp changes no value; it keeps 0 * log 0 and its gradient 0.
-    return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(dim=-1)
+    terms, clamped = logprobs.exp(), logprobs.clamp(min=-1e4)
+    return -(terms * clamped if logprobs.requires_grad else terms.mul_(clamped)).sum(dim=-1)
 
 
 def _check_tokens(function: str, logits: Tensor, tokens: Tensor) -> None:
