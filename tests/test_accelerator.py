@@ -7,10 +7,18 @@ import json
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from builders import lora, metrics_rows, trained, weights
 from test_record import RECORD, RUNS, rows_of
 
 pytestmark = pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator, such as a GPU")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -177,6 +177,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         CheckpointError: A saved entry belongs to no parameter of the model.
     """
     parameters = parameters_of(model)
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     optimizer.state.clear()
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)
@@ -184,7 +185,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
             raise CheckpointError(f"The saved optimizer state has {name!r}, which is no parameter of this model.")
         parameter = parameters[name]
         entry = optimizer.state.setdefault(parameter, {})
-        entry[key] = tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
+        on_cpu = key == "step" and id(parameter) not in fused
+        entry[key] = tensor.to("cpu" if on_cpu else parameter.device, copy=True)
 
 
 def verify_checkpoint(directory: Path) -> None:
