@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ from lmppo.records import Experience, Rollout
 from lmppo.rewards import RewardSet, make_streams
 from lmppo.run import Callbacks, Run
 from lmppo.sampling import SamplingParams
+from lmppo.sampling_checks import check_sampling, sampling_warnings
 from lmppo.trpo import trpo_update
 from lmppo.update import critic_epochs, critic_update, logprobs_now, ppo_update
 
@@ -130,7 +132,7 @@ class PPOTrainer:
         )
 
         # The critic, the prompts and the optimizer.
-        params = SamplingParams.of(self.args, self.processing_class, policy)
+        params = self._make_params(policy)
         actor_critic = make_actor_critic(
             policy, critic, self.args, self.processing_class, n_streams=len(self.streams), origin=origin
         )
@@ -149,6 +151,13 @@ class PPOTrainer:
         self.collector = Collector(self.model, self.reference, *parts)
         self.last_step: Step | None = None
         self.run.fire("on_init_end")
+
+    def _make_params(self, policy: Any) -> SamplingParams:
+        params = SamplingParams.of(self.args, self.processing_class, policy)
+        check_sampling(params, self.args, policy)
+        for message in sampling_warnings(params, self.args, policy) if self.accelerator.is_main_process else ():
+            warnings.warn(message, stacklevel=3)
+        return params
 
     def _make_run(self, run_settings: dict[str, Any], callbacks: Callbacks | None) -> Run:
         epochs = sys.maxsize  # of a stream, as transformers counts
