@@ -1,6 +1,6 @@
 """Evaluation: held-out prompts, one set or several by name, sampled with the same noise every time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 from lmppo.collector import Collector, ScoredRollout
@@ -51,16 +51,18 @@ class Evaluation:
             scored[name] = collector.collect(stream.next_batch(n_completions), 0, purpose=EVALUATION)
         return scored if self.is_named else scored[""]
 
-    def metrics(self, scored: Any, *, kl_coef: float) -> dict[str, dict[str, float]]:
-        """The metrics of each set, called ``eval_{metric}``, or ``eval_{name}_{metric}`` if the sets have names.
+    def metrics(self, scored: Any, *, kl_coef: float, tell: Callable[..., None] = lambda **_: None) -> dict[str, float]:
+        """The metrics of all sets, called ``eval_{metric}``, or ``eval_{name}_{metric}`` if the sets have names.
 
         Args:
             scored: What :meth:`sample` gave.
             kl_coef: Coefficient of the KL penalty.
+            tell: Gets each set's ``metrics``, and its prompts as ``eval_dataloader``.
         """
-        by_name: Mapping[str, ScoredRollout] = scored if self.is_named else {"": scored}
-        prefixes = {name: f"eval_{name}_" if name else "eval_" for name in by_name}
-        return {
-            name: {prefixes[name] + metric: value for metric, value in rollout_metrics(one, kl_coef=kl_coef).items()}
-            for name, one in by_name.items()
-        }
+        metrics: dict[str, float] = {}
+        for name, of_set in (scored if self.is_named else {"": scored}).items():
+            prefix = f"eval_{name}_" if name else "eval_"
+            own = {prefix + metric: value for metric, value in rollout_metrics(of_set, kl_coef=kl_coef).items()}
+            tell(metrics=own, eval_dataloader=self.streams[name])
+            metrics |= own
+        return metrics

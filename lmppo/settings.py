@@ -287,10 +287,7 @@ class ReportingSettings(Settings):
     save_steps: int | None = knob(None, "Iterations between checkpoints (default: only at the end).")
     save_rollouts: int = knob(0, "Completions saved with each checkpoint, for `lmppo explain`.")
     save_total_limit: int | None = knob(None, "Maximum number of checkpoints to keep, at least 2 (default: all).")
-    log_completions: int = knob(
-        0,
-        "Completions to print at every logged step, write to completions.jsonl and completions/, and send to trackers.",
-    )
+    log_completions: int = knob(0, "Completions to show at every logged step: printed, in files and in trackers.")
     report_to: list[str] = knob([], "accelerate trackers to report to: tensorboard, wandb, trackio, ...")
     run_name: str = knob("lmppo", "Name of the run in the trackers.")
     disable_tqdm: bool = knob(False, "Disable the progress bar.")

@@ -209,7 +209,8 @@ class PPOTrainer:
             )
             return state
         if args.metric_for_best_model is not None and state.best_metric is None:
-            run.check_best_metric(_joined(self._metrics_by_set()))  # a wrong name is found out before any step
+            metrics = self.evaluation.metrics(self.sample_eval(), kl_coef=self.control.kl.coef)
+            run.check_best_metric(metrics)  # a wrong name is found out before any step
         saved = state.global_step
         run.fire("on_train_begin")
         hidden = args.disable_tqdm or not self.accelerator.is_main_process
@@ -360,14 +361,9 @@ class PPOTrainer:
         Raises:
             ValueError: There is no eval_dataset.
         """
-        by_set = self._metrics_by_set(scored)
-        for name, metrics in by_set.items():
-            self.run.fire("on_evaluate", metrics=metrics, eval_dataloader=self.evaluation.streams[name])
-        return _joined(by_set)
-
-    def _metrics_by_set(self, scored: Any = None) -> dict[str, dict[str, float]]:
         scored = self.sample_eval() if scored is None else scored
-        return self.evaluation.metrics(scored, kl_coef=self.control.kl.coef)
+        tell = partial(self.run.fire, "on_evaluate")
+        return self.evaluation.metrics(scored, kl_coef=self.control.kl.coef, tell=tell)
 
     def save_model(self, output_dir: str | Path) -> None:
         """Write the policy as a plain Hugging Face model with its tokenizer, and the critic beside it.
@@ -391,7 +387,3 @@ class PPOTrainer:
         new = logprobs_now(self.model, self.last_step.experience, self.args, self.accelerator)
         keep = partial(save_rollouts, new_logprobs=new, config=self.args, tokenizer=self.processing_class)
         return partial(keep, rows=self.args.save_rollouts, streams=self.streams, **vars(self.last_step))
-
-
-def _joined(metrics_by_set: dict[str, dict[str, float]]) -> dict[str, float]:
-    return {name: value for metrics in metrics_by_set.values() for name, value in metrics.items()}
