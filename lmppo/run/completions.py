@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,7 @@ def write_parquet(path: Path, columns: Mapping[str, list]) -> None:
     """Write columns of one length as a parquet file, whole or not at all; what has no type of parquet becomes text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
-    table = pyarrow.table({name: _arrow_column(column) for name, column in columns.items()})
-    pyarrow.parquet.write_table(table, temporary)
+    pyarrow.parquet.write_table(_arrow_table(columns), temporary)
     temporary.replace(path)
 
 
@@ -80,10 +80,8 @@ def send_table(tracker: GeneralTracker, columns: Mapping[str, list], step: int) 
     if hasattr(tracker, "log_table"):  # Weights & Biases, ClearML
         tracker.log_table("completions", columns=list(columns), data=rows, step=step)
     elif tracker.name == "trackio":
-        import pandas
-        import trackio
-
-        tracker.log({"completions": trackio.Table(dataframe=pandas.DataFrame(columns))}, step=step)
+        table = sys.modules["trackio"].Table  # imported by accelerate, where the tracker was started
+        tracker.log({"completions": table(dataframe=_arrow_table(columns).to_pandas())}, step=step)
     elif hasattr(tracker.tracker, "add_text"):  # TensorBoard
         lines = [list(columns), ["---"] * len(columns), *([_escaped(cell) for cell in row] for row in rows)]
         tracker.tracker.add_text("completions", "\n".join(f"| {' | '.join(cells)} |" for cells in lines), step)
@@ -114,6 +112,10 @@ def _text(value: Any) -> str | None:
         return None
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text.encode(errors="backslashreplace").decode()
+
+
+def _arrow_table(columns: Mapping[str, list]) -> pyarrow.Table:
+    return pyarrow.table({name: _arrow_column(column) for name, column in columns.items()})
 
 
 def _arrow_column(values: list) -> pyarrow.Array:
