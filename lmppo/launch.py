@@ -42,6 +42,11 @@ def make_accelerator(args: PPOConfig, *, evaluates: bool) -> Accelerator:
         raise ModuleNotFoundError(
             f"report_to={args.report_to}: {', '.join(sorted(missing))} is not installed. Install it, or leave it out."
         )
+    if accelerator.device.type == "cpu" and accelerator.num_processes > 1 and torch.cuda.is_available():
+        raise RuntimeError(
+            "Several processes on the CPU of a machine with GPUs: accelerate's barrier would name GPUs that they do not "
+            "use. Hide them, with CUDA_VISIBLE_DEVICES= before the command (see docs/distributed.md)."
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise RuntimeError(

@@ -6,7 +6,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,6 @@ from lmppo.functional import (
     kl_penalized_policy_loss,
     masked_mean,
     policy_gradient_loss,
-    token_entropy,
-    token_logprobs,
     token_logprobs_and_entropy,
     token_mean_loss,
 )
@@ -105,12 +102,13 @@ def _value_terms(values: Tensor, micro: Experience, config: LossSettings) -> tup
 def _policy_terms(
     logits: Tensor, micro: Experience, config: LossSettings, penalties: Penalties, ref_logits: Tensor | None
 ) -> tuple[Tensor, Sums]:
-    facts: dict[str, Any] = {"temperature": config.temperature, "support": micro.support.allowed()}
-    ids = micro.tokens.completion_ids
-    if config.ent_coef > 0:
-        logprobs, entropy = token_logprobs_and_entropy(logits, ids, **facts)
-    else:
-        logprobs, entropy = token_logprobs(logits, ids, **facts), token_entropy(logits.detach(), **facts)
+    logprobs, entropy = token_logprobs_and_entropy(
+        logits,
+        micro.tokens.completion_ids,
+        temperature=config.temperature,
+        support=micro.support.allowed(),
+        entropy_gradient=config.ent_coef > 0,
+    )
     loss = policy_loss(logprobs, micro, config, penalties)
     entropy = torch.where(micro.completion_mask, entropy, 0.0)
     sums = {"policy_loss": loss.detach().sum(), "entropy": entropy.detach().sum()}

@@ -101,21 +101,23 @@ class TokenRecord(Record):
             size: How many of the longest rows make a group; of shorter rows as many as have no more tokens with padding.
         """
         lengths = self.tokens.attention_mask.sum(dim=1)
-        for group in length_groups(lengths.tolist(), size):
+        group_cost = GROUP_COST["cpu" if lengths.device.type == "cpu" else "accelerator"]
+        for group in length_groups(lengths.tolist(), size, group_cost):
             rows = torch.tensor(group, device=lengths.device)
             yield rows, self.rows(rows)
 
 
-GROUP_COST = 128
-"""What a pass over one more group costs, in tokens."""
+GROUP_COST = {"cpu": 128, "accelerator": 4096}
+"""What a pass over one more group costs, in tokens: accelerators wait for their kernels to be launched."""
 
 
-def length_groups(lengths: list[int], size: int) -> list[list[int]]:
-    """Rows in groups whose passes cost least: a group costs its rows times its longest, and ``GROUP_COST``.
+def length_groups(lengths: list[int], size: int, group_cost: int) -> list[list[int]]:
+    """Rows in groups whose passes cost least: a group costs its rows times its longest, and ``group_cost``.
 
     Args:
         lengths: Tokens of each row.
         size: How many of the longest rows a group may have; of shorter ones as many as take no more tokens.
+        group_cost: In tokens.
 
     Returns:
         The numbers of each group's rows, in order; the group of the shortest rows first.
@@ -126,7 +128,7 @@ def length_groups(lengths: list[int], size: int) -> list[list[int]]:
     best, start = np.zeros(len(order) + 1), [0] * (len(order) + 1)
     for end in range(1, len(order) + 1):
         padded = (end - np.arange(end)) * widths[end - 1]
-        costs = np.where(padded <= budget, best[:end] + padded + GROUP_COST, np.inf)
+        costs = np.where(padded <= budget, best[:end] + padded + group_cost, np.inf)
         start[end] = int(costs.argmin())
         best[end] = costs[start[end]]
     groups, end = [], len(order)

@@ -222,7 +222,8 @@ def take_step(
     norms = {name: torch.nn.utils.get_total_norm([p.grad for p in part]) for name, part in clipped.items() if part}
     check_gradients({name: p.grad for name, p in model.named_parameters()}, norms.values(), stats, iteration)
     for name, norm in norms.items():
-        torch.nn.utils.clip_grads_with_norm_(clipped[name], config.max_grad_norm, norm)
+        if norm > config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(clipped[name], config.max_grad_norm, norm)
     optimizer.step()
     return {name: norm.item() for name, norm in norms.items()}
 

@@ -1,6 +1,7 @@
 """What a launcher's environment, or an Accelerator made before, must not do to the numbers of a run."""
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from builders import assert_same, make_trainer, metrics_rows, trained, weights
@@ -66,4 +67,12 @@ def test_sharding_by_a_parallelism_config_is_refused(tmp_path, own_state, monkey
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind}_SIZE", "2")
     with pytest.raises(RuntimeError, match=f"PARALLELISM_CONFIG_{kind}_SIZE=2, which shards .*plain data parallelism"):
+        make_trainer(tmp_path)
+
+
+def test_processes_on_the_cpu_of_a_machine_with_gpus_are_refused(tmp_path, own_state, monkeypatch):
+    """accelerate's barrier gives gloo the number of a GPU for each process, and torch fails where there is none."""
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="machine with GPUs: .*Hide them, with CUDA_VISIBLE_DEVICES="):
         make_trainer(tmp_path)

@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("functional",),
     ("setting_rules", "settings", "config", "checks", "axes", "support", "records", "control"),
-    ("tables", "plots", "protocols", "context"),
+    ("tables", "plots", "protocols", "texts", "context"),
     ("models", "rewards", "prompts", "stopping", "sampling", "sampling_checks", "optimizer"),
-    ("processes", "collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
+    ("processes", "collector", "loss", "estimators", "metrics", "evaluation", "trpo", "update", "launch"),
     ("run", "explain", "trainer"),
     ("cli", "__main__"),
 )

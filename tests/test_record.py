@@ -29,6 +29,7 @@ RUNS = {
     "streams": lambda: {"reward_streams": STREAMS},
     "trpo": lambda: {"objective": "trpo", "trpo_max_kl": 0.02, "trpo_damping": 1.0, "trpo_cg_steps": 3},
     "kl penalty, warm-up": lambda: {"objective": "kl_penalty", "critic_epochs": 3, "critic_warmup_steps": 1},
+    "frozen lower layers": lambda: {"num_layers_unfrozen": 1},
     "exact KL in reward and loss": lambda: {"kl_form": "exact_both", "kl_target": 0.05, "kl_horizon": 40},
     "without a critic": lambda: {
         "estimator": "rewards_to_go", "baseline": "leave_one_out", "num_generations": 2, "truncation": "mask",
@@ -36,9 +37,9 @@ RUNS = {
 }  # fmt: skip
 
 
-def rows_of(name, output_dir):
+def rows_of(name, output_dir, **more):
     """Three steps, the last after a resume; Adam's epsilon keeps it from making much of small differences."""
-    settings = {"adam_epsilon": 1e-3, "save_steps": 1}
+    settings = {"adam_epsilon": 1e-3, "save_steps": 1, **more}
     trained(output_dir, max_steps=2, **settings, **RUNS[name]())
     trained(output_dir, max_steps=3, resume_from_checkpoint="true", **settings, **RUNS[name]())
     return [{k: v for k, v in row.items() if k != "first_ratio_error"} for row in metrics_rows(output_dir)]

@@ -60,7 +60,12 @@ def token_entropy(logits: Tensor, *, temperature: float = 1.0, support: Tensor |
 
 
 def token_logprobs_and_entropy(
-    logits: Tensor, tokens: Tensor, *, temperature: float = 1.0, support: Tensor | None = None
+    logits: Tensor,
+    tokens: Tensor,
+    *,
+    temperature: float = 1.0,
+    support: Tensor | None = None,
+    entropy_gradient: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """:func:`token_logprobs` and :func:`token_entropy` of the same logits, for the price of one softmax.
 
@@ -69,6 +74,7 @@ def token_logprobs_and_entropy(
         tokens: (...) int64, each in [0, V).
         temperature: Logits are divided by it.
         support: Bool, broadcastable to ``logits``; True = the sampler could choose that token. None: all tokens.
+        entropy_gradient: Whether the entropy is to be differentiated; without, it takes less memory.
 
     Returns:
         ``(logprobs, entropy)``, both (...).
@@ -79,7 +85,8 @@ def token_logprobs_and_entropy(
     """
     _check_tokens("token_logprobs_and_entropy", logits, tokens)
     logprobs = log_distribution("token_logprobs_and_entropy", logits, temperature=temperature, support=support)
-    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), _entropy(logprobs)
+    entropy = _entropy(logprobs if entropy_gradient else logprobs.detach())
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy
 
 
 def support_logprobs(logits: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
@@ -127,7 +134,8 @@ def _kept_logits(function: str, logits: Tensor, temperature: float, support: Ten
 
 def _entropy(logprobs: Tensor) -> Tensor:
     # Below -1e4 the probability is 0 in any dtype, so the clamp changes no value; it keeps 0 * log 0 and its gradient 0.
-    return -(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(dim=-1)
+    terms, clamped = logprobs.exp(), logprobs.clamp(min=-1e4)
+    return -(terms * clamped if logprobs.requires_grad else terms.mul_(clamped)).sum(dim=-1)
 
 
 def _check_tokens(function: str, logits: Tensor, tokens: Tensor) -> None:

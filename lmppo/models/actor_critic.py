@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lmppo.models.activations import use_fused_gelu
 from lmppo.models.chunks import OfLogits
 from lmppo.models.decoder import Decoder, needs_step_masks
 from lmppo.models.inputs import Aligned, Positions, inputs_of, takes
@@ -67,6 +68,7 @@ class ActorCritic(nn.Module):
         self.value_head = None
         self.n_streams = n_streams
         self.eval()
+        use_fused_gelu(self)
         self.language_model = LanguageModel(policy, num_layers_unfrozen=num_layers_unfrozen)
         self._masks_steps = needs_step_masks(self.language_model)
         if critic is not None:

@@ -4,7 +4,7 @@ Whatever is computed of them is a sum over tokens, so each chunk's gradient is t
 the states that the head reads and the head's own weights. The backward pass of the whole then starts from those.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,20 +63,19 @@ def sum_over_logits(
         The sum over all tokens, and the other sums.
     """
     whole = states.source
-    source_gradient = torch.zeros_like(whole) if torch.is_grad_enabled() and whole.requires_grad else None
+    wanted = torch.is_grad_enabled() and whole.requires_grad
+    source_gradient = torch.zeros_like(whole) if wanted else None
     gradients: dict[Tensor, Tensor] = {}
     totals, sums = [], []
     for part in chunks_of(len(states), vocab_size):
-        source = whole[:, part].detach().requires_grad_(source_gradient is not None)
+        source = whole[:, part].detach().requires_grad_(wanted)
         total, seen = compute(logits_of(states.with_source(source)), part)
-        if total.requires_grad:
-            leaves = leaves_of(total)
-            for leaf, gradient in zip(leaves, _unshared(torch.autograd.grad(total, leaves)), strict=True):
-                if leaf is source:
-                    assert source_gradient is not None
-                    source_gradient[:, part] = gradient
-                else:
-                    gradients[leaf] = gradients[leaf].add_(gradient) if leaf in gradients else gradient
+        for leaf, gradient in _gradients_of(total).items():
+            if leaf is source:
+                assert source_gradient is not None
+                source_gradient[:, part] = gradient
+            else:
+                gradients[leaf] = gradients[leaf].add_(gradient) if leaf in gradients else gradient
         totals.append(total.detach())
         sums.append(seen)
     if source_gradient is not None:
@@ -98,16 +97,20 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
-        return None, None, *[gradient.mul_(outer) for gradient in ctx.gradients]
+        gradients = [gradient.mul_(outer) for gradient in ctx.gradients]
+        return (None, None) + tuple(gradients)
 
 
-def _unshared(gradients: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The gradients, each in memory of its own: autograd hands the same tensor to both terms of a sum."""
+def _gradients_of(total: Tensor) -> dict[Tensor, Tensor]:
+    """The gradients of a number, each in memory of its own: autograd hands the same tensor to both terms of a sum."""
+    leaves = leaves_of(total)
     used: set[int] = set()
-    for gradient in gradients:
+    own = {}
+    for leaf, gradient in zip(leaves, torch.autograd.grad(total, leaves) if leaves else (), strict=True):
         place = gradient.untyped_storage().data_ptr()
-        yield gradient.clone() if place in used or 0 in gradient.stride() else gradient
+        own[leaf] = gradient.clone() if place in used or 0 in gradient.stride() else gradient
         used.add(place)
+    return own
 
 
 def leaves_of(total: Tensor) -> list[Tensor]:

@@ -49,7 +49,7 @@ class Positions:
 class Aligned:
     """Rows of tokens, each from its first token on: all padding is behind them, where a causal model does not look.
 
-    So every row is read as if it were alone, and no mask is needed.
+    So every row is read as if it were alone, and no mask has to hide anything.
 
     Attributes:
         ids: ``(B, W)`` the tokens, and behind them whatever.
@@ -76,8 +76,12 @@ class Aligned:
 
 
 def inputs_of(ids: Tensor, positions: Positions) -> dict[str, Any]:
-    """The arguments of a model's forward pass over aligned rows ``(B, W)``."""
-    return {"input_ids": ids, "use_cache": False, **positions.of(ids, torch.ones_like(ids))}
+    """The arguments of a model's forward pass over aligned rows ``(B, W)``.
+
+    The mask hides nothing: without one, some models take tokens of the padding's kind for padding.
+    """
+    mask = torch.ones_like(ids)
+    return {"input_ids": ids, "attention_mask": mask, "use_cache": False, **positions.of(ids, mask)}
 
 
 def base_of(model: Any) -> Any:

@@ -212,7 +212,7 @@ def freeze_lower_layers(policy: Any, num_layers_unfrozen: int) -> None:
         ValueError: It has fewer layers, or an adapter with weights below the layers that are trained.
         UnsupportedModelError: Its lower layers cannot be told from the others.
     """
-    model = LanguageModel(policy, num_layers_unfrozen=num_layers_unfrozen)
+    model = LanguageModel(policy.eval(), num_layers_unfrozen=num_layers_unfrozen)
     tokens = probe_tokens(policy)
     with torch.enable_grad():
         above = set(leaves_of(model.logits(replace(tokens, below=model.read_below(tokens))).sum()))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lmppo.models.activations import use_fused_gelu
 from lmppo.models.adapters import adapter_changes_nothing, adapter_off
 from lmppo.models.language_model import LanguageModel, vocab_size_of
 from lmppo.models.loading import as_float32, check_not_trained, frozen_view
@@ -52,6 +53,7 @@ class Reference:
             with self._adapter(policy):  # peft marks what it has switched off as not trained
                 trained = [p for p in policy.parameters() if p.requires_grad]
             self.model = frozen_view(policy, copied=trained)
+        use_fused_gelu(self.model)
         with self._adapter(self.model):
             if ref_model is not None:
                 self.language_model = LanguageModel(self.model, "ref_model")

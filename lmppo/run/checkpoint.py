@@ -177,6 +177,7 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
         CheckpointError: A saved entry belongs to no parameter of the model.
     """
     parameters = parameters_of(model)
+    fused = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
     optimizer.state.clear()
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit("/", 1)
@@ -184,7 +185,8 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
             raise CheckpointError(f"The saved optimizer state has {name!r}, which is no parameter of this model.")
         parameter = parameters[name]
         entry = optimizer.state.setdefault(parameter, {})
-        entry[key] = tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
+        on_cpu = key == "step" and id(parameter) not in fused
+        entry[key] = tensor.to("cpu" if on_cpu else parameter.device, copy=True)
 
 
 def verify_checkpoint(directory: Path) -> None:
@@ -232,7 +234,12 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first, by step number; links and foreign directories are not among them."""
     folder = Path(output_dir) / "checkpoints"
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)))  # type: ignore[union-attr]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its directory's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_valid_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:

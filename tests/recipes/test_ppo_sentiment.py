@@ -156,7 +156,12 @@ def test_two_processes_learn_the_same_as_one(tmp_path):
     launch("recipes/configs/tiny_reviews.yaml", one, "--max_steps", "2")
     both = ("--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0")
     printed = launch(
-        "recipes/configs/tiny_reviews.yaml", two, "--max_steps", "2", launcher=both, env={"ACCELERATE_USE_CPU": "true"}
+        "recipes/configs/tiny_reviews.yaml",
+        two,
+        "--max_steps",
+        "2",
+        launcher=both,
+        env={"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert printed.count("Critic: ") == 1, "said by one process of the two"
     for a, b in zip(rows_of(one), rows_of(two), strict=True):

@@ -289,105 +289,28 @@ class ReportingSettings(Settings):
 
     logging_steps: int = knob(1, "Report to trackers and print every so many iterations; metrics.jsonl has every one.")
     eval_steps: int | None = knob(None, "Iterations between evaluations on eval_dataset (default: no evaluation).")
-    eval_completions: int = knob(128, "Completions per evaluation, over all processes.")
+    eval_completions: int = knob(128, "Completions per evaluation and evaluation set, over all processes.")
+    metric_for_best_model: str | None = knob(
+        None, "Evaluation metric, with or without eval_, by which the best policy is kept in best/ (default: not kept)."
+    )
+    greater_is_better: bool | None = knob(
+        None, "Whether a larger metric_for_best_model is better (default: true, unless its name ends in loss)."
+    )
     save_steps: int | None = knob(None, "Iterations between checkpoints (default: only at the end).")
     save_rollouts: int = knob(0, "Completions saved with each checkpoint, for `lmppo explain`.")
     save_total_limit: int | None = knob(None, "Maximum number of checkpoints to keep, at least 2 (default: all).")
-    log_completions: int = knob(0, "Completions to print at every logged step, and to write to completions.jsonl.")
+    log_completions: int = knob(0, "Completions to show at every logged step: printed, in files and in trackers.")
     report_to: list[str] = knob([], "accelerate trackers to report to: tensorboard, wandb, trackio, ...")
     run_name: str = knob("lmppo", "Name of the run in the trackers.")
     disable_tqdm: bool = knob(False, "Disable the progress bar.")
 
-
-@dataclass(frozen=True, kw_only=True)
-class CollectorSettings(PassSettings, TruncationSettings, KLSettings, RolloutSettings, RunSettings):
-    """What the rollout may touch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapingSettings(TruncationSettings, KLSettings):
-    """What rewards per token may touch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EstimatorSettings(AdvantageSettings, TruncationSettings, RolloutSettings):
-    """What the estimator may touch."""
-
     def contradictions(self) -> Contradictions:
-        """What belongs to another estimator, baseline or number of completions per prompt."""
+        """What belongs to an evaluation metric."""
         yield (
-            self.baseline == "leave_one_out" and self.num_generations < 2,
-            "baseline='leave_one_out' compares completions of one prompt: set num_generations to 2 or more.",
+            self.metric_for_best_model is not None and self.eval_steps is None,
+            f"metric_for_best_model={self.metric_for_best_model!r} needs evaluations: set eval_steps.",
         )
         yield (
-            self.truncation == "bootstrap" and not self.uses_critic,
-            f"truncation='bootstrap' needs a critic: baseline={self.baseline!r} has none.",
+            self.greater_is_better is not None and self.metric_for_best_model is None,
+            f"greater_is_better={self.greater_is_better} says how to compare a metric: set metric_for_best_model.",
         )
-        yield (
-            self.truncation == "bootstrap" and self.estimator not in ("gae", "rewards_to_go"),
-            f"truncation='bootstrap' adds a value to later rewards, which estimator={self.estimator!r} does not "
-            f"use: set estimator='gae' or 'rewards_to_go'.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamSettings(AdvantageSettings, KLSettings):
-    """What decides whether a setting of a reward stream has an effect."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossSettings(CriticSettings, ObjectiveSettings, KLSettings, SamplingSettings):
-    """What the loss may touch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateSettings(
-    PassSettings,
-    LossSettings,
-    CriticSettings,
-    ObjectiveSettings,
-    AdvantageSettings,
-    KLSettings,
-    SamplingSettings,
-    RunSettings,
-):
-    """What the update may touch."""
-
-    def contradictions(self) -> Contradictions:
-        """What belongs to another objective, or to a critic."""
-        yield (
-            not self.uses_critic and (self.critic_warmup_steps > 0 or self.critic_epochs is not None),
-            f"critic_warmup_steps and critic_epochs need a critic: baseline={self.baseline!r} has none.",
-        )
-        yield (
-            self.objective == "trpo" and (self.ent_coef > 0 or self.target_kl is not None or self.kl_in_loss),
-            "objective='trpo' takes one step within trpo_max_kl: leave out ent_coef, target_kl and a KL penalty in "
-            "the loss.",
-        )
-        yield (
-            self.objective == "trpo" and self.bf16,
-            "objective='trpo' measures KLs that are smaller than the rounding of bfloat16: leave bf16 out.",
-        )
-        yield (
-            self.objective == "trpo" and self.gradient_checkpointing,
-            "objective='trpo' differentiates twice, which gradient_checkpointing does not allow: leave it out.",
-        )
-        yield (
-            self.objective == "policy_gradient" and self.target_kl is not None,
-            "objective='policy_gradient' takes its one step at KL 0, where target_kl never stops it: leave it out.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TRPOUpdateSettings(PassSettings, TRPOSettings, SamplingSettings):
-    """What TRPO's step may touch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlSettings(CriticSettings, ObjectiveSettings, KLSettings):
-    """What the controllers may touch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleSettings(OptimizerSettings, RunSettings):
-    """What the learning rate may touch."""

@@ -1,0 +1,53 @@
+"""The settings of a run: its parts by what they decide, and what each part of lmppo may touch of them."""
+
+from lmppo.settings.parts import (
+    AdvantageSettings,
+    CriticSettings,
+    KLSettings,
+    ObjectiveSettings,
+    OptimizerSettings,
+    PassSettings,
+    ReportingSettings,
+    RewardSettings,
+    RolloutSettings,
+    RunSettings,
+    SamplingSettings,
+    TRPOSettings,
+    TruncationSettings,
+)
+from lmppo.settings.scopes import (
+    CollectorSettings,
+    ControlSettings,
+    EstimatorSettings,
+    LossSettings,
+    ScheduleSettings,
+    ShapingSettings,
+    StreamSettings,
+    TRPOUpdateSettings,
+    UpdateSettings,
+)
+
+__all__ = [
+    "AdvantageSettings",
+    "CollectorSettings",
+    "ControlSettings",
+    "CriticSettings",
+    "EstimatorSettings",
+    "KLSettings",
+    "LossSettings",
+    "ObjectiveSettings",
+    "OptimizerSettings",
+    "PassSettings",
+    "ReportingSettings",
+    "RewardSettings",
+    "RolloutSettings",
+    "RunSettings",
+    "SamplingSettings",
+    "ScheduleSettings",
+    "ShapingSettings",
+    "StreamSettings",
+    "TRPOSettings",
+    "TRPOUpdateSettings",
+    "TruncationSettings",
+    "UpdateSettings",
+]
