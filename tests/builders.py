@@ -151,7 +151,7 @@ def make_experience(samples: Samples, seed=3) -> Experience:
         ref_support_logprobs=torch.zeros(shape),
         old_values=samples.values,
         advantages=torch.randn(shape, generator=generator),
-        returns=torch.randn(*shape, 1, generator=generator),
+        returns=torch.randn(samples.values.shape, generator=generator),
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import with_mask
 
-from lmppo.records import GROUP_COST, Experience, Rollout, Tokens, length_groups, spread
+from lmppo.records import Experience, Rollout, Tokens, length_groups, spread
 from lmppo.support import Support, pack
 
 
@@ -176,8 +176,11 @@ def test_micro_batches_are_all_rows_each_once_with_all_that_is_known_of_them():
 # --- groups of similar length ----------------------------------------------------------------------------------------
 
 
+COST = 128
+
+
 def cost_of(groups, lengths):
-    return sum(len(group) * max(lengths[row] for row in group) + GROUP_COST for group in groups)
+    return sum(len(group) * max(lengths[row] for row in group) + COST for group in groups)
 
 
 def cheapest(lengths, size):
@@ -201,34 +204,34 @@ def random_lengths(n, longest, seed):
 def test_no_other_partition_into_groups_of_similar_length_costs_less(longest, size):
     for seed in range(12):
         lengths = random_lengths(9, longest, seed)
-        groups = length_groups(lengths, size)
+        groups = length_groups(lengths, size, COST)
         assert cost_of(groups, lengths) == cheapest(lengths, size), lengths
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 40])
 def test_groups_hold_every_row_once_within_the_budget_whatever_the_order_of_the_rows(size):
     lengths = random_lengths(40, 2000, 0)
-    groups = length_groups(lengths, size)
+    groups = length_groups(lengths, size, COST)
     assert sorted(itertools.chain(*groups)) == list(range(40))
     assert all(len(group) * max(lengths[row] for row in group) <= size * max(lengths) for group in groups)
     ranges = [(min(lengths[row] for row in group), max(lengths[row] for row in group)) for group in groups]
     assert all(left[1] <= right[0] for left, right in itertools.pairwise(ranges)), "the shortest first"
     for seed in range(5):
         order = torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist()
-        shuffled = length_groups([lengths[row] for row in order], size)
+        shuffled = length_groups([lengths[row] for row in order], size, COST)
         assert [sorted(lengths[order[i]] for i in group) for group in shuffled] == [
             sorted(lengths[row] for row in group) for group in groups
         ]
 
 
 def test_short_rows_are_not_padded_to_the_longest_unless_that_is_cheaper_than_another_pass():
-    assert length_groups([900, 40, 1000, 50], 4) == [[1, 3], [0, 2]]
-    assert length_groups([90, 40, 100, 50], 4) == [[0, 1, 2, 3]]
+    assert length_groups([900, 40, 1000, 50], 4, COST) == [[1, 3], [0, 2]]
+    assert length_groups([90, 40, 100, 50], 4, COST) == [[0, 1, 2, 3]]
 
 
 def test_one_row_is_one_group_and_equal_rows_are_groups_of_the_size():
-    assert length_groups([7], 4) == [[0]]
-    assert length_groups([5] * 6, 100) == [list(range(6))]
+    assert length_groups([7], 4, COST) == [[0]]
+    assert length_groups([5] * 6, 100, COST) == [list(range(6))]
     for size in (1, 2, 4):
-        sizes = [len(group) for group in length_groups([500] * 10, size)]
+        sizes = [len(group) for group in length_groups([500] * 10, size, COST)]
         assert sum(sizes) == 10 and max(sizes) <= size and len(sizes) == -(-10 // size)
