@@ -104,7 +104,9 @@ def test_adapters_are_part_of_trunk_and_head(target):
         assert (adapted - base).abs().max() > 1e-4
         torch.testing.assert_close(ActorCritic(model).logits(tokens), adapted, **ROUNDING)
         torch.testing.assert_close(reference.logits(tokens), base, **ROUNDING)
-        torch.testing.assert_close(ActorCritic(model).logits(tokens), adapted, **ROUNDING, msg="the adapter is on again")
+        torch.testing.assert_close(
+            ActorCritic(model).logits(tokens), adapted, **ROUNDING, msg="the adapter is on again"
+        )
 
 
 def test_what_cannot_be_split_keeps_its_own_forward():
@@ -153,7 +155,9 @@ def test_gradients_flow_through_head_and_trunk_as_through_the_models_own_forward
         gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, gradients[1][name], atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
