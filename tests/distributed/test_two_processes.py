@@ -118,10 +118,9 @@ def gradient_folders(tmp_path_factory):
 @pytest.mark.parametrize("share", SHARES)
 def test_the_gradient_is_that_of_one_process_however_unequal_the_shares(gradient_folders, name, share):
     """Each process goes backward through its own groups, and through its own part of the logits, once."""
-    (one, notes), (first, first_notes), (second, second_notes) = (
-        read(folder, f"{name}-{share}", rank)
-        for folder, rank in zip(gradient_folders[:1] + gradient_folders[1:] * 2, (0, 0, 1))
-    )
+    whole, parts = gradient_folders
+    one, notes = read(whole, f"{name}-{share}", 0)
+    (first, first_notes), (second, second_notes) = (read(parts, f"{name}-{share}", rank) for rank in (0, 1))
     assert first_notes["groups"] != second_notes["groups"]
     assert (min(first_notes["tokens"], second_notes["tokens"]) == 0) == ("nothing" in share)
     heads = {n for n in one if "lm_head" in n}

@@ -126,7 +126,10 @@ def gradients(root):
     for name in ("shared", "separate", "untied", "head"):
         trainer = build(root / f"gradients-{name}", name)
         penalties = Penalties(kl_coef=0.2 if trainer.args.kl_in_loss else 0.0, reference=trainer.reference)
-        world = trainer.accelerator
+        world, generator = trainer.accelerator, torch.Generator().manual_seed(0)
+        for n, parameter in trainer.actor_critic.named_parameters():
+            if "lora_B" in n:  # 0 at first, and then lora_A has no gradient
+                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         for share, lengths in SHARES.items():
             experience = shares_of(lengths)
             own = experience.rows(slice(world.process_index, None, world.num_processes))
