@@ -66,8 +66,9 @@ def test_the_number_of_rows_per_forward_pass_changes_nothing(size):
 def test_columns_that_no_row_uses_change_nothing():
     samples = make_samples(build_model("gpt2", "shared"), n_time=20)
     reference = Reference(gpt2(seed=6))
+    samples = samples.rows(samples.tokens.lengths < 20)
     width = int(samples.tokens.lengths.max())
-    assert width < 20
+    assert 1 < width < 20
     narrow, wide = samples.cut(T=slice(0, width)), samples.map(left_padded)
     assert wide.tokens.prompt_ids.shape[1] == samples.tokens.prompt_ids.shape[1] + 3
     logprobs = score_tokens(reference, samples, 1.0, 6)
