@@ -42,7 +42,11 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda v: v >= 1,
         "at least 1",
     ),
-    ("eval_steps save_steps critic_epochs critic_warmup_epochs", lambda v: v >= 1, "at least 1, or none"),
+    (
+        "eval_steps save_steps critic_epochs critic_warmup_epochs sample_batch_size num_layers_unfrozen",
+        lambda v: v >= 1,
+        "at least 1, or none",
+    ),
     ("cpu_threads min_new_tokens", lambda v: v >= 0, "0 or more, or none"),
     ("seed top_k warmup_steps critic_warmup_steps log_completions save_rollouts", lambda v: v >= 0, "0 or more"),
     (

@@ -59,6 +59,8 @@ BAD = {
     "ppo_epochs": COUNT,
     "minibatch_size": (*COUNT, 30),
     "micro_batch_size": COUNT,
+    "sample_batch_size": COUNT,
+    "num_layers_unfrozen": COUNT,
     "clip_range": (0.0, 1.0, NAN),
     "clip_range_high": POSITIVE,
     "value_clip_range": POSITIVE,
