@@ -23,7 +23,7 @@ RIGHT = {
     "qwen3_next": "linear attention",
 }
 REFUSED = {
-    "bart": "when it is padded",
+    "bart": "with its cache",
     "openai-gpt": "no cache",
     "xlnet": "reads later tokens",
 }
