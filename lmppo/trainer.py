@@ -139,9 +139,8 @@ class PPOTrainer:
 
         # The critic, the prompts and the optimizer.
         params = self._make_params(policy)
-        models = (policy, critic, self.args, self.processing_class)
         streams: dict[str, Any] = {"n_streams": len(self.streams), "origin": origin}
-        actor_critic = make_actor_critic(*models, **streams, **trust, **layers)
+        actor_critic = make_actor_critic(policy, critic, self.args, self.processing_class, **streams, **trust, **layers)
         prepare_recomputation(actor_critic, self.args)
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
