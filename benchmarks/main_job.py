@@ -54,7 +54,7 @@ def complete(policy: str, prompts: list[list[int]], tokens: int, seed: int) -> t
         rows = prompts[start : start + 256]
         noise = uniform_noise(seed, 0, range(start, start + len(rows)), tokens, purpose=EVALUATION)
         samples = sample(model, *pad_left(rows, max(map(len, rows))), noise, params)
-        ref_logprobs = score_tokens(reference.logits, samples, 1.0, 64)
+        ref_logprobs = score_tokens(reference, samples, 1.0, 64)
         kl += (samples.logprobs - ref_logprobs).sum(dim=1).tolist()
         texts += decode_completions(tokenizer, rows, samples.tokens.counted_ids())
         ids.append(samples.tokens.completion_ids)
