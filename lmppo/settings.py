@@ -1,7 +1,9 @@
 """The settings of a run, by what they decide. A function takes the part that it may touch; PPOConfig is all of them."""
 
+import json
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from lmppo.setting_rules import (
     BASELINES,
@@ -55,6 +57,31 @@ class RolloutSettings(Settings):
     rollout_batch_size: int = knob(64, "Completions sampled per iteration, over all processes.")
     num_generations: int = knob(1, "Completions per prompt; rollout_batch_size counts all of them.")
     shuffle_dataset: bool = knob(True, "Shuffle the prompts, in a new order each epoch.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings(Settings):
+    """How prompts become tokens."""
+
+    chat_template_kwargs: dict[str, Any] | str | None = knob(
+        None, "Arguments of the chat template; as JSON on the command line: '{\"enable_thinking\": false}'."
+    )
+
+    def __post_init__(self) -> None:
+        given = self.chat_template_kwargs
+        if isinstance(given, str):
+            object.__setattr__(self, "chat_template_kwargs", _read_json_object("chat_template_kwargs", given))
+        super().__post_init__()
+
+
+def _read_json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'{name}={text!r} must be a dict, or one in JSON, such as {{"enable_thinking": false}}.')
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +286,11 @@ class ReportingSettings(Settings):
     report_to: list[str] = knob([], "accelerate trackers to report to: tensorboard, wandb, trackio, ...")
     run_name: str = knob("lmppo", "Name of the run in the trackers.")
     disable_tqdm: bool = knob(False, "Disable the progress bar.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings(PromptSettings, SamplingSettings):
+    """What the encoder of prompts may touch."""
 
 
 @dataclass(frozen=True, kw_only=True)
