@@ -81,7 +81,9 @@ class PromptEncoder:
             chosen = [i for i, text in enumerate(texts) if text is not None and text.special_tokens is special_tokens]
             if chosen:
                 batch = [texts[i].text for i in chosen]  # type: ignore[union-attr]
-                found = self.tokenizer(batch, add_special_tokens=special_tokens)["input_ids"]
+                found = self.tokenizer(batch, add_special_tokens=special_tokens, return_attention_mask=False)[
+                    "input_ids"
+                ]
                 for i, ids in zip(chosen, found, strict=True):
                     tokens[i] = ids
         for ids, place in zip(tokens, where, strict=True):
