@@ -109,8 +109,8 @@ class PPOConfig(
     TruncationSettings,
     KLSettings,
     RewardSettings,
-    PromptSettings,
     SamplingSettings,
+    PromptSettings,
     RolloutSettings,
     RunSettings,
 ):

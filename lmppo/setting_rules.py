@@ -1,6 +1,7 @@
 """What holds of single settings: their kinds, ranges and choices, and how a part of the settings checks itself."""
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -96,8 +97,11 @@ class Settings:
                     raise ValueError(message)
 
     def _check_kind(self, name: str, kind: Any) -> None:
-        value = getattr(self, name)
         accepted = {get_origin(k) or k for k in (get_args(kind) if isinstance(kind, UnionType) else (kind,))}
+        value = getattr(self, name)
+        if dict in accepted and isinstance(value, str):
+            value = _read_json_object(name, value)
+            object.__setattr__(self, name, value)
         accepted |= {int} if float in accepted else set()
         accepted |= {bool} if name == "resume_from_checkpoint" else set()  # YAML's true
         if type(value) not in accepted:
@@ -110,3 +114,14 @@ class Settings:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}.{hint}")
+
+
+def _read_json_object(name: str, text: str) -> dict[str, Any]:
+    """A setting that is a dict, from the text that it is on a command line."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'{name}={text!r} must be a dict, or one in JSON, such as {{"key": true}}.')
+    return value

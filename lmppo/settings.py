@@ -1,6 +1,5 @@
 """The settings of a run, by what they decide. A function takes the part that it may touch; PPOConfig is all of them."""
 
-import json
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -66,22 +65,6 @@ class PromptSettings(Settings):
     chat_template_kwargs: dict[str, Any] | str | None = knob(
         None, "Arguments of the chat template; as JSON on the command line: '{\"enable_thinking\": false}'."
     )
-
-    def __post_init__(self) -> None:
-        given = self.chat_template_kwargs
-        if isinstance(given, str):
-            object.__setattr__(self, "chat_template_kwargs", _read_json_object("chat_template_kwargs", given))
-        super().__post_init__()
-
-
-def _read_json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f'{name}={text!r} must be a dict, or one in JSON, such as {{"enable_thinking": false}}.')
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +272,7 @@ class ReportingSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderSettings(PromptSettings, SamplingSettings):
+class EncoderSettings(SamplingSettings, PromptSettings):
     """What the encoder of prompts may touch."""
 
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import datasets
 import pytest
-from builders import make_config, make_trainer, trained
+from builders import count_a, make_config, make_trainer, trained
 from fakes import END_OF_TEXT, tiny_gpt2, tiny_tokenizer
-from transformers import AutoProcessor, AutoTokenizer, Gemma3ImageProcessor, Gemma3Processor
+from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 from trl import TrlParser
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
@@ -130,7 +130,6 @@ def test_a_rows_arguments_win_over_the_settings():
     [
         ({"prompt": [{"role": "user", "content": "forbidden"}]}, "TemplateError: no such talk"),
         ({"prompt": [SYSTEM]}, "ValueError: Invalid role in the last message: system"),
-        ({"prompt": [USER, "hello"]}, "AttributeError"),
         ({"prompt": [USER], "tools": ["add"]}, "ValueError: Tools should"),
         ({"prompt": [USER], "chat_template_kwargs": {"tokenize": True}}, "TypeError.*tokenize"),
         ({"prompt": [USER, {"role": "assistant", "tool_calls": []}]}, "ValueError: continue_final_message is set"),
@@ -148,8 +147,15 @@ def test_a_row_that_cannot_be_rendered_is_named(bad, complaint):
         ({"prompt": [USER], "chat_template_kwargs": "x"}, "`chat_template_kwargs` is a str; expected a dict"),
         ({"prompt": [USER], "images": ["a.png"]}, "has images, in its column `images`: lmppo trains on text alone"),
         ({"prompt": "2+2", "image": object()}, "has images, in its column `image`"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image", "image": 1}]}]}, "a part of the type 'image'"),
-        ({"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of the type 'image_url'"),
+        ({"prompt": [USER, "hello"]}, "the prompt is a list holding dict, str; expected text, a list of messages"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "image": 1}]}]},
+            "its messages hold a part of the type 'image'",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "its messages hold a part of the type 'image_url'",
+        ),
     ],
 )
 def test_what_a_model_of_text_would_leave_out_is_refused(bad, complaint):
@@ -189,11 +195,7 @@ def test_the_setting_reaches_the_prompts_and_names_the_run(tmp_path):
 
 
 def processor(**kwargs):
-    tokens = tokenizer()
-    for i, name in enumerate(("boi_token", "image_token", "eoi_token")):
-        setattr(tokens, name, "<x>")
-        setattr(tokens, f"{name}_id", 254 + i)
-    return Gemma3Processor(image_processor=Gemma3ImageProcessor(), tokenizer=tokens, image_seq_length=4, **kwargs)
+    return LlavaProcessor(CLIPImageProcessor(), tokenizer(), image_token="Z", patch_size=14, **kwargs)
 
 
 def test_a_processors_tokenizer_is_used_and_the_whole_is_saved(tmp_path):
@@ -201,11 +203,11 @@ def test_a_processors_tokenizer_is_used_and_the_whole_is_saved(tmp_path):
     alone = trained(tmp_path / "b", model=tiny_gpt2(), tokenizer=processor().tokenizer)
     assert whole.state.log_history[-1]["reward"] == alone.state.log_history[-1]["reward"]
     for place in ("final", "checkpoints/step-000001/policy"):
-        assert type(AutoProcessor.from_pretrained(tmp_path / "a" / place)) is Gemma3Processor
+        assert type(AutoProcessor.from_pretrained(tmp_path / "a" / place)) is LlavaProcessor
         assert (
             AutoTokenizer.from_pretrained(tmp_path / "a" / place)("ab")["input_ids"] == tokenizer()("ab")["input_ids"]
         )
-    assert type(whole.processing_class) is Gemma3Processor
+    assert type(whole.processing_class) is LlavaProcessor
 
 
 def test_messages_go_through_the_tokenizers_template_or_the_processors_own():
@@ -222,10 +224,10 @@ def bos_first(template):
     return "{{ bos_token }}" + template
 
 
-@pytest.mark.parametrize("wrong", ["gpt2", 7, Gemma3ImageProcessor()], ids=["text", "number", "image processor"])
+@pytest.mark.parametrize("wrong", ["gpt2", 7, CLIPImageProcessor()], ids=["text", "number", "image processor"])
 def test_what_is_no_tokenizer_is_refused(tmp_path, wrong):
     with pytest.raises(TypeError, match=f"^processing_class is a {type(wrong).__name__}; expected a tokenizer"):
-        PPOTrainer(tiny_gpt2(), len, make_config(tmp_path), ["a"], processing_class=wrong)
+        PPOTrainer(tiny_gpt2(), count_a, make_config(tmp_path), ["a"], processing_class=wrong)
 
 
 def test_the_test_template_ends_turns():

@@ -34,7 +34,7 @@ def check_prompt(prompt: Any, where: str) -> Prompt:
     prompt = plain(prompt)
     if isinstance(prompt, str):
         return prompt
-    if is_conversational(prompt):
+    if is_conversational(prompt) and all(isinstance(message, dict) for message in prompt):
         _refuse_media(prompt, where)
         return prompt
     kind = type(prompt).__name__
@@ -76,7 +76,7 @@ def refuse_images(row: Mapping[str, Any], where: str) -> None:
 
 
 def _refuse_media(messages: list[dict[str, Any]], where: str) -> None:
-    contents = [m.get("content") for m in messages if isinstance(m, dict)]
+    contents = [message.get("content") for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
     kind = next((part["type"] for part in parts if part.get("type") in _OTHER_MEDIA), None)
     if kind is not None:

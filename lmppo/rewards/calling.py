@@ -186,8 +186,10 @@ def _of_module(kind: str, given: torch.nn.Module) -> Any:
         if inspect.iscoroutinefunction(module.forward):
             raise TypeError(f"{kind} {name!r} has an async forward: give an async function that calls the module.")
         return ModuleReward(module)
-    if "input_ids" in taken and hasattr(module, "config") and not module.can_generate():
-        return given
+    if "input_ids" in taken and hasattr(module, "config"):
+        has_head = module.base_model is not module or hasattr(module, "num_labels")
+        if has_head and not module.can_generate():
+            return given
     raise TypeError(
         f"{kind} {name!r} is a torch module whose forward takes ({', '.join(taken)}): expected a sequence classifier of "
         f"transformers, or a module with forward(prompts, completions, **kwargs)."
