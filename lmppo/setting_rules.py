@@ -44,7 +44,7 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 1",
     ),
     ("eval_steps save_steps critic_epochs critic_warmup_epochs", lambda v: v >= 1, "at least 1, or none"),
-    ("cpu_threads", lambda v: v >= 0, "0 or more, or none"),
+    ("cpu_threads min_new_tokens", lambda v: v >= 0, "0 or more, or none"),
     ("seed top_k warmup_steps critic_warmup_steps log_completions save_rollouts", lambda v: v >= 0, "0 or more"),
     (
         "kl_coef vf_coef ent_coef weight_decay learning_rate truncation_penalty policy_kl_coef trpo_damping",
@@ -67,6 +67,15 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ("clip_range", lambda v: 0 < v < 1, "within (0, 1)"),
     ("save_total_limit", lambda v: v >= 2, "at least 2 (the newest may be damaged), or none"),
 ]
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value, with all that a list holds, is of a kind; an int is a float too, a bool is no int."""
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, k) for k in get_args(kind))
+    if get_origin(kind) is list:
+        return type(value) is list and all(_is_a(v, get_args(kind)[0]) for v in value)
+    return type(value) is (get_origin(kind) or kind) or (kind is float and type(value) is int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,14 +106,12 @@ class Settings:
                     raise ValueError(message)
 
     def _check_kind(self, name: str, kind: Any) -> None:
-        accepted = {get_origin(k) or k for k in (get_args(kind) if isinstance(kind, UnionType) else (kind,))}
         value = getattr(self, name)
-        if dict in accepted and isinstance(value, str):
+        if isinstance(value, str) and any(get_origin(k) is dict for k in get_args(kind)):
             value = _read_json_object(name, value)
             object.__setattr__(self, name, value)
-        accepted |= {int} if float in accepted else set()
-        accepted |= {bool} if name == "resume_from_checkpoint" else set()  # YAML's true
-        if type(value) not in accepted:
+        yaml_true = name == "resume_from_checkpoint" and type(value) is bool
+        if not (_is_a(value, kind) or yaml_true):
             expected = kind.__name__ if type(kind) is type else kind
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected {expected}.")
 

@@ -78,6 +78,30 @@ class SamplingSettings(Settings):
     top_k: int = knob(0, "Sample only from the k most likely tokens (0: off).")
     top_p: float = knob(1.0, "Sample only from the smallest set of tokens with this total probability (1: off).")
     min_p: float = knob(0.0, "Sample only tokens at least min_p times as likely as the most likely one (0: off).")
+    min_new_tokens: int | None = knob(None, "Tokens of a completion before which EOS and stop_token_ids are forbidden.")
+    suppress_tokens: list[int] | None = knob(None, "Token ids that are never sampled.")
+    bad_words_ids: list[list[int]] | None = knob(None, "The same as lists of one token id each, as generate() has it.")
+    stop_token_ids: list[int] | None = knob(None, "Token ids that end a completion, in addition to the model's EOS.")
+    stop_strings: list[str] | None = knob(None, "Strings that end a completion, with the token that completes one.")
+
+    def contradictions(self) -> Contradictions:
+        """What cannot be forbidden, found or reached."""
+        words = [word for word in self.bad_words_ids or [] if len(word) != 1]
+        yield (
+            bool(words),
+            f"bad_words_ids has {', '.join(map(str, words))}: each word must be one token id. Whether a longer word is "
+            f"forbidden depends on the tokens before, which lmppo does not support: leave it out, or penalize it by a "
+            f"reward function.",
+        )
+        yield (
+            "" in (self.stop_strings or []),
+            "stop_strings has an empty string, which every text contains: leave it out.",
+        )
+        yield (
+            (self.min_new_tokens or 0) > self.max_completion_length,
+            f"min_new_tokens={self.min_new_tokens} is above max_completion_length={self.max_completion_length}: lower "
+            f"the one or raise the other.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +151,9 @@ class KLSettings(Settings):
 class TruncationSettings(Settings):
     """What becomes of completions that were cut."""
 
-    truncation: str = knob("end", f"What becomes of a completion cut without EOS: {', '.join(TRUNCATIONS)}.")
+    truncation: str = knob(
+        "end", f"What becomes of a completion that was cut before its end: {', '.join(TRUNCATIONS)}."
+    )
     truncation_penalty: float = knob(1.0, "Taken from a cut completion's reward, with truncation='penalty'.")
 
 

@@ -1,6 +1,7 @@
 """PPOTrainer: the short loop that joins prompts, rollout, estimator and update; every stage is public."""
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,7 @@ from lmppo.records import Experience, Rollout
 from lmppo.rewards import RewardSet, make_streams
 from lmppo.run import Callbacks, Run
 from lmppo.sampling import EVALUATION, SamplingParams
+from lmppo.sampling_checks import check_sampling, sampling_warnings
 from lmppo.trpo import trpo_update
 from lmppo.update import critic_epochs, critic_update, logprobs_now, ppo_update
 
@@ -129,7 +131,7 @@ class PPOTrainer:
 
         # The critic, the prompts and the optimizer.
         tokenizer = tokenizer_of(self.processing_class)
-        params = SamplingParams.of(self.args, tokenizer, policy)
+        params = self._make_params(tokenizer, policy)
         actor_critic = make_actor_critic(
             policy, critic, self.args, tokenizer, n_streams=len(self.streams), origin=origin
         )
@@ -151,6 +153,13 @@ class PPOTrainer:
         parts = (self.rewards, tokenizer, params, self.args, self.accelerator, self.state)
         self.collector = Collector(self.model, self.reference, *parts)
         self.last_step: Step | None = None
+
+    def _make_params(self, tokenizer: Tokenizer, policy: Any) -> SamplingParams:
+        params = SamplingParams.of(self.args, tokenizer, policy)
+        check_sampling(params, self.args, policy)
+        for message in sampling_warnings(params, self.args, policy) if self.accelerator.is_main_process else ():
+            warnings.warn(message, stacklevel=3)
+        return params
 
     def _make_run(self, run_settings: dict[str, Any], callbacks: Callbacks | None) -> Run:
         return Run(

@@ -11,7 +11,7 @@ LAYERS = (
     ("functional",),
     ("setting_rules", "settings", "config", "checks", "axes", "support", "records", "control"),
     ("tables", "plots", "protocols", "context"),
-    ("models", "rewards", "prompts", "sampling", "optimizer"),
+    ("models", "rewards", "prompts", "stopping", "sampling", "sampling_checks", "optimizer"),
     ("processes", "collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
     ("run", "explain", "trainer"),
     ("cli", "__main__"),

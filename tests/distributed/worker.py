@@ -25,6 +25,13 @@ RUNS = {
     },
     "trpo": {"objective": "trpo", "trpo_max_kl": 0.02, "trpo_damping": 1.0, "trpo_cg_steps": 3},
     "critic-free": {"estimator": "rewards_to_go", "baseline": "leave_one_out", "truncation": "mask"},
+    "constrained": {
+        "suppress_tokens": [2],
+        "min_new_tokens": 2,
+        "stop_token_ids": [5],
+        "stop_strings": ["gh", "a"],
+        "truncation": "penalty",
+    },
 }
 COMMON = {
     "max_steps": 2, "rollout_batch_size": 16, "minibatch_size": 8, "micro_batch_size": 3, "save_steps": 1,
