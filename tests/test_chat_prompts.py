@@ -6,6 +6,7 @@ import datasets
 import pytest
 from builders import count_a, make_config, make_trainer, trained
 from fakes import END_OF_TEXT, tiny_gpt2, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessor, LlavaProcessor
 from trl import TrlParser
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
@@ -90,9 +91,14 @@ def test_an_assistant_with_the_last_word_is_continued():
 
 def test_tokens_are_those_of_transformers_and_messages_stay_messages():
     """With a tokenizer that puts a beginning-of-text token before every text: not before a rendered one."""
-    prompt, ids = encoder().encode([{"prompt": (USER,)}], ["Row 0"])[0]
-    expected = tokenizer().apply_chat_template([USER], add_generation_prompt=True, tokenize=True, return_dict=False)
+    tokens = tokenizer()
+    tokens.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    (prompt, ids), (_, text_ids) = encoder(tokens).encode([{"prompt": (USER,)}, "ab"], ["Row 0", "Row 1"])
+    expected = tokens.apply_chat_template([USER], add_generation_prompt=True, tokenize=True, return_dict=False)
     assert (prompt, ids) == ([USER], expected)
+    assert ids[0] != 0 and text_ids == tokens("ab")["input_ids"] == [0, *tokenizer()("ab")["input_ids"]]
 
 
 def test_tools_may_be_json():
