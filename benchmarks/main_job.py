@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lmppo.collector import decode_completions
 from lmppo.metrics import distinct_n
 from lmppo.models import ActorCritic, Reference, score_tokens
 from lmppo.plots import read_metrics
 from lmppo.prompts import cut_prompts, pad_left
 from lmppo.sampling import EVALUATION, SamplingParams, sample, uniform_noise
+from lmppo.texts import decode_completions, decode_whole
 from reward_models import load
 from reward_models.sentiment.reviews import load_reviews
 
@@ -56,7 +56,7 @@ def complete(policy: str, prompts: list[list[int]], tokens: int, seed: int) -> t
         samples = sample(model, *pad_left(rows, max(map(len, rows))), noise, params)
         ref_logprobs = score_tokens(reference.logits, samples, 1.0, 64)
         kl += (samples.logprobs - ref_logprobs).sum(dim=1).tolist()
-        texts += decode_completions(tokenizer, samples.tokens)
+        texts += decode_completions(tokenizer, rows, samples.tokens.counted_ids())
         ids.append(samples.tokens.completion_ids)
         masks.append(samples.completion_mask)
     distinct = distinct_n(torch.cat(ids)[:512], torch.cat(masks)[:512], 2)
@@ -95,7 +95,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
     held_out = cut_prompts(load_reviews("evaluation"), tokenizer, 8)["prompt"][: args.prompts]
     held_out = [list(row) for row in held_out]
-    texts = tokenizer.batch_decode(held_out)
+    texts = decode_whole(tokenizer, held_out)
 
     best_prompts = [row for row in held_out[:128] for _ in range(64)]
     completions, _ = complete(REFERENCE, best_prompts, args.tokens, seed=1)

@@ -10,6 +10,8 @@ from model_card import model_card
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from lmppo.texts import decode_whole
+
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_PROMPTS = ("This movie", "The acting was", "I watched this with my family and", "One of the")
 
@@ -82,7 +84,7 @@ def show_samples(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, n_t
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=n_tokens, pad_token_id=0
         )
-        texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
+        texts += decode_whole(tokenizer, out.tolist())
     return texts
 
 

@@ -47,13 +47,21 @@ def _classifier(rest: str, spec: str) -> RewardFn:
 
     model, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
-    unknown = set(options) - {"output", "label"}
-    if not model or unknown:
-        raise ValueError(f"the reward {spec!r} must read classifier:<path or id>[?output=...&label=...].")
+    unknown = set(options) - {"output", "label", "append_eos"}
+    append_eos = {"true": True, "false": False, None: None}
+    if not model or unknown or options.get("append_eos") not in append_eos:
+        raise ValueError(
+            f"the reward {spec!r} must read classifier:<path or id>[?output=...&label=...&append_eos=true or false]."
+        )
     shipped = Path(__file__).parent / model
     if not Path(model).exists() and (shipped / "config.json").exists():
         model = str(shipped)
-    return ClassifierReward(model, output=options.get("output", "log_odds"), label=options.get("label"))
+    return ClassifierReward(
+        model,
+        output=options.get("output", "log_odds"),
+        label=options.get("label"),
+        append_eos=append_eos[options.get("append_eos")],
+    )
 
 
 def _imported(name: str, spec: str) -> ModuleType:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("functional",),
     ("setting_rules", "settings", "config", "checks", "axes", "support", "records", "control"),
-    ("tables", "plots", "protocols", "context"),
+    ("tables", "plots", "protocols", "texts", "context"),
     ("models", "rewards", "prompts", "stopping", "sampling", "sampling_checks", "optimizer"),
     ("processes", "collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
     ("run", "explain", "trainer"),

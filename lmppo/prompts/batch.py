@@ -15,7 +15,8 @@ class PromptBatch:
     """The prompts of one iteration, over all processes, each repeated ``num_generations`` times in a row.
 
     Attributes:
-        prompts: The prompt of each completion as in the data set (text or messages; token ids are decoded).
+        prompts: The prompt of each completion as in the data set (text or messages; token ids are decoded, without
+            special tokens).
         input_ids: The prompt's tokens, for each completion.
         columns: The data set's other columns, one value per completion.
     """

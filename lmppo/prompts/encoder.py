@@ -12,6 +12,7 @@ from lmppo.prompts.forms import Prompt, check_prompt, is_conversational, plain, 
 from lmppo.prompts.processing import template_owner, tokenizer_of
 from lmppo.rewards.protocol import REWARD_ARGUMENTS
 from lmppo.settings import EncoderSettings
+from lmppo.texts import decode_whole
 
 
 class Text(NamedTuple):
@@ -88,11 +89,10 @@ class PromptEncoder:
                     tokens[i] = ids
         for ids, place in zip(tokens, where, strict=True):
             self._check(ids, place)
-        shown = [
-            self.tokenizer.decode(ids) if text is None else prompt
-            for prompt, text, ids in zip(prompts, texts, tokens, strict=True)
-        ]
-        return list(zip(shown, tokens, strict=True))
+        given_ids = [i for i, text in enumerate(texts) if text is None]
+        for i, text in zip(given_ids, decode_whole(self.tokenizer, [tokens[i] for i in given_ids]), strict=True):
+            prompts[i] = text
+        return list(zip(prompts, tokens, strict=True))
 
     def _prompt(self, row: Any, where: str) -> Prompt:
         """The prompt of a row that can be used."""

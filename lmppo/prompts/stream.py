@@ -16,6 +16,7 @@ from torch.utils import data
 from lmppo.prompts.batch import PromptBatch, make_batch
 from lmppo.prompts.encoder import PromptEncoder
 from lmppo.prompts.forms import Prompt
+from lmppo.texts import warn_of_second_bos
 
 _AT_ONCE = 1024  # rows that are read and tokenized together
 _END = object()
@@ -62,6 +63,7 @@ class PromptStream:
         streams = isinstance(dataset, data.IterableDataset)  # torch's may have a length
         self.is_map_style = not streams and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         self._refuse_other_kinds()
+        self._warned = False
         self._iterator: Iterator[Any] | None = None
         self._read = 0
         self._order, self._order_epoch = np.empty(0, dtype=np.int64), -1
@@ -94,7 +96,7 @@ class PromptStream:
             rows, encoded = self._rows(numbers), [self._encoded[i] for i in numbers]
         else:
             rows = self._stream_rows(positions)
-            encoded = self.encoder.encode(rows, [self._where(position) for position in positions])
+            encoded = self._encode(rows, positions)
         self.drawn += n_prompts
         return make_batch(rows, encoded, self.columns, num_generations)
 
@@ -129,7 +131,15 @@ class PromptStream:
             numbers = range(start, min(start + _AT_ONCE, size))
             rows = self._rows(numbers)
             self._columns |= _keys(rows)
-            self._encoded += self.encoder.encode(rows, [self._where(i) for i in numbers])
+            self._encoded += self._encode(rows, numbers)
+
+    def _encode(self, rows: Sequence[Any], numbers: Sequence[int]) -> list[tuple[Prompt, list[int]]]:
+        """The rows' prompts and their tokens; warns of the data set's first prompt with two BOS tokens."""
+        where = [self._where(number) for number in numbers]
+        encoded = self.encoder.encode(rows, where)
+        for (_, ids), place in zip(encoded, where, strict=True):
+            self._warned = self._warned or warn_of_second_bos(self.encoder.tokenizer, ids, place)
+        return encoded
 
     def _require(self, needed: Mapping[str, str]) -> None:
         """Refuse columns that no row can have; those that rows of a stream may have later are None until then."""

@@ -17,7 +17,7 @@ import torch
 from lmppo.models.names import uncompiled
 from lmppo.protocols import Tokenizer
 from lmppo.rewards.classifier import ClassifierReward
-from lmppo.rewards.protocol import REWARD_ARGUMENTS, RewardError, RewardFn
+from lmppo.rewards.protocol import ENDED, REWARD_ARGUMENTS, TRLS_ARGUMENTS, RewardError, RewardFn
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,13 @@ class Function:
         kind: ``"reward function"`` or ``"watch function"``.
         name: Unique among all functions of a run.
         call: What is called.
+        takes_ended: Whether it is to be told which completions ended.
     """
 
     kind: str
     name: str
     call: RewardFn
+    takes_ended: bool
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}"
@@ -81,7 +83,7 @@ def make_functions(
     for one, tokenizer in zip(given, tokenizers, strict=True):
         call = _as_function(kind, one, tokenizer, device)
         name = _unique(_name(call), {*taken, *(function.name for function in functions)})
-        functions.append(Function(kind, name, call))
+        functions.append(Function(kind, name, call, ENDED in _parameters(call)))
     return functions
 
 
@@ -104,7 +106,7 @@ def call_all(functions: Sequence[Function], batch: dict[str, list], trainer_stat
     returned: list[Any] = []
     with _own_randomness(step):
         for function in functions:
-            arguments = {key: _copied(value) for key, value in batch.items()}
+            arguments = {key: _copied(value) for key, value in batch.items() if key != ENDED or function.takes_ended}
             try:
                 returned.append(function.call(**arguments | reports))
             except Exception as error:
@@ -150,12 +152,11 @@ def _as_function(kind: str, given: Any, tokenizer: Tokenizer | None, device: tor
         raise TypeError(f"{kind} {given!r} is a {type(given).__name__}: give a callable, a path or a model.")
     if isinstance(given, type):
         raise TypeError(f"{kind} {given.__name__!r} is a class: give an object of it, {given.__name__}(...).")
-    parameters, protocol = _parameters(given), set(REWARD_ARGUMENTS)
-    takes_all = parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if parameters is not None and not takes_all and not protocol <= set(parameters):
+    parameters = _parameters(given)
+    missing = set(TRLS_ARGUMENTS).difference(parameters)
+    if missing and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise TypeError(
-            f"{kind} {_name(given)!r} does not accept {', '.join(sorted(protocol - set(parameters)))}: "
-            "add **kwargs to its parameters."
+            f"{kind} {_name(given)!r} does not accept {', '.join(sorted(missing))}: add **kwargs to its parameters."
         )
     return given
 
@@ -163,15 +164,16 @@ def _as_function(kind: str, given: Any, tokenizer: Tokenizer | None, device: tor
 def needed_columns(function: Function) -> list[str]:
     """The data columns that a function cannot do without: its arguments that have no default."""
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    needed = [p for p in (_parameters(function.call) or {}).values() if p.kind in by_name and p.default is p.empty]
+    needed = [p for p in _parameters(function.call).values() if p.kind in by_name and p.default is p.empty]
     return [p.name for p in needed if p.name not in REWARD_ARGUMENTS]
 
 
-def _parameters(function: Any) -> Mapping[str, inspect.Parameter] | None:
+def _parameters(call: RewardFn) -> Mapping[str, inspect.Parameter]:
+    """A callable's parameters; a builtin without a signature may take anything."""
     try:
-        return inspect.signature(function).parameters
-    except ValueError:  # a builtin without a signature
-        return None
+        return inspect.signature(call).parameters
+    except ValueError:
+        return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
 
 
 def _of_module(kind: str, given: torch.nn.Module) -> Any:

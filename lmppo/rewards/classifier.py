@@ -29,6 +29,10 @@ class ClassifierReward:
     changes no score: a decoder pools the last token that differs from ``config.pad_token_id``, so where the model
     names no pad token, a batch is padded with a token that none of its texts holds.
 
+    trl's RewardTrainer appends the EOS token to each text that it trains on. A model trained so is read in the same way:
+    a completion that ended is scored with the EOS token after it, one that was cut without. Chat messages end as their
+    template says.
+
     Args:
         model: A directory, a Hub id or a loaded ``AutoModelForSequenceClassification``. Loading takes safetensors
             only, in float32; a loaded model stays as it is, type, mode and device.
@@ -39,10 +43,12 @@ class ClassifierReward:
         batch_size: Texts per forward pass.
         max_length: Most tokens of a text (default: what model and tokenizer allow).
         device: Where to score (default: where the model is).
+        append_eos: Whether texts that ended are scored with the EOS token (default: if the model's tags, or the settings
+            saved beside it, say that trl's RewardTrainer trained it).
 
     Raises:
         ValueError: The model cannot be loaded or has no trained classification head, tokenizer and model do not fit,
-            or ``output``, ``label``, ``batch_size`` or ``max_length`` is impossible.
+            or ``output``, ``label``, ``batch_size``, ``max_length`` or ``append_eos`` is impossible.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class ClassifierReward:
         batch_size: int = 32,
         max_length: int | None = None,
         device: torch.device | str | None = None,
+        append_eos: bool | None = None,
     ) -> None:
         from lmppo.models.loading import frozen_view
         from lmppo.models.quantized import check_quantized
@@ -69,6 +76,9 @@ class ClassifierReward:
         check_quantized(self.model, self.__name__)
         self.tokenizer = copy.deepcopy(processing_class or _load_tokenizer(source))
         self.tokenizer.truncation_side = "left"
+        self.append_eos = _trained_with_eos(model, source) if append_eos is None else append_eos
+        if self.append_eos and self.tokenizer.eos_token is None:
+            raise ValueError(f"append_eos: the tokenizer of {self.__name__} has no EOS token: set tokenizer.eos_token.")
         self.output = output
         self.label = _label_index(self.model.config, output, label, self.__name__)
         self.batch_size = batch_size
@@ -78,20 +88,37 @@ class ClassifierReward:
         self.model = self.model.to(device) if device is not None else self.model
 
     def __call__(
-        self, prompts: list, completions: list, completion_ids: list[list[int]] | None = None, **kwargs: Any
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]] | None = None,
+        completion_ended: list[bool] | None = None,
+        **kwargs: Any,
     ) -> list[float]:
-        """One score per completion; ``completion_ids`` are of another tokenizer and not used."""
+        """One score per completion.
+
+        Args:
+            prompts: Text or chat messages.
+            completions: Of the same kind.
+            completion_ids: Tokens of another tokenizer, which are not used.
+            completion_ended: Whether each completion ended by itself (default: all did).
+            kwargs: Whatever else reward functions get; not used.
+        """
+        ended = [True] * len(prompts) if completion_ended is None else completion_ended
         scores: list[float] = []
         for start in range(0, len(prompts), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            scores += self._output(self._logits(self._tokenize(prompts[rows], completions[rows]))).tolist()
+            scores += self._output(self._logits(self._tokenize(prompts[rows], completions[rows], ended[rows]))).tolist()
         return scores
 
-    def _tokenize(self, prompts: list, completions: list) -> list[list[int]]:
+    def _tokenize(self, prompts: list, completions: list, ended: list[bool]) -> list[list[int]]:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         chat = not isinstance(texts[0], str)
         if chat:
             texts = [self.tokenizer.apply_chat_template(messages, tokenize=False) for messages in texts]
+        elif self.append_eos:
+            eos = self.tokenizer.eos_token
+            texts = [text.removesuffix(eos) + eos if whole else text for text, whole in zip(texts, ended, strict=True)]
         ids = self.tokenizer(
             texts, add_special_tokens=not chat, truncation=self.max_length is not None, max_length=self.max_length
         )["input_ids"]
@@ -200,6 +227,22 @@ def _load_tokenizer(source: str) -> Tokenizer:
         raise ValueError(
             f"no tokenizer can be loaded from {source!r}: pass processing_class, the tokenizer of the classifier."
         ) from error
+
+
+def _trained_with_eos(model: Any, source: str) -> bool:
+    """Whether trl's RewardTrainer trained a model, by the tags of a loaded one or the settings saved beside it.
+
+    The settings are a pickle, which is not unpickled: its bytes are searched for two names. (A RewardConfig without
+    eos_token is of an earlier trl, which appended none.)
+    """
+    from transformers.utils import cached_file
+
+    if "reward-trainer" in (getattr(model, "model_tags", None) or ()):
+        return True
+    quiet = {f"_raise_exceptions_for_{case}": False for case in ("gated_repo", "missing_entries", "connection_errors")}
+    named = isinstance(model, str | Path)
+    saved = cached_file(source, "training_args.bin", local_files_only=not named, **quiet) if source else None
+    return saved is not None and all(name in Path(saved).read_bytes() for name in (b"RewardConfig", b"eos_token"))
 
 
 def _label_index(config: Any, output: str, label: str | int | None, name: str) -> int:

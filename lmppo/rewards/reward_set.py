@@ -163,6 +163,7 @@ class RewardSet:
         columns: dict[str, list],
         trainer_state: Any,
         width: int,
+        ended: list[bool] | None = None,
     ) -> Scores:
         """Call every function on copies of the batch, check what it returns, and add it up per token.
 
@@ -179,6 +180,7 @@ class RewardSet:
             columns: The other data columns, ``B`` values each; one with the name of another argument is left out.
             trainer_state: Passed on; its ``global_step`` is named in errors.
             width: Positions ``T`` of the result, at least the longest completion.
+            ended: Whether each completion ended by itself (default: all did).
 
         Raises:
             RewardError: A function raised an exception.
@@ -191,6 +193,7 @@ class RewardSet:
             raise ValueError(f"completions of {min(lengths)} to {max(lengths)} tokens do not fit 1 to width={width}.")
         log = Log(len(completions))
         batch = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        batch["completion_ended"] = [True] * len(completions) if ended is None else ended
         returned = call_all(self._rewarding, batch, trainer_state, log)
         returned += call_all(self._watching, batch, trainer_state, log)
         rows = [
