@@ -287,14 +287,31 @@ class ReportingSettings(Settings):
 
     logging_steps: int = knob(1, "Report to trackers and print every so many iterations; metrics.jsonl has every one.")
     eval_steps: int | None = knob(None, "Iterations between evaluations on eval_dataset (default: no evaluation).")
-    eval_completions: int = knob(128, "Completions per evaluation, over all processes.")
+    eval_completions: int = knob(128, "Completions per evaluation and evaluation set, over all processes.")
+    metric_for_best_model: str | None = knob(
+        None, "Evaluation metric, with or without eval_, by which the best policy is kept in best/ (default: not kept)."
+    )
+    greater_is_better: bool | None = knob(
+        None, "Whether a larger metric_for_best_model is better (default: true, unless its name ends in loss)."
+    )
     save_steps: int | None = knob(None, "Iterations between checkpoints (default: only at the end).")
     save_rollouts: int = knob(0, "Completions saved with each checkpoint, for `lmppo explain`.")
     save_total_limit: int | None = knob(None, "Maximum number of checkpoints to keep, at least 2 (default: all).")
-    log_completions: int = knob(0, "Completions to print at every logged step, and to write to completions.jsonl.")
+    log_completions: int = knob(0, "Completions to show at every logged step: printed, in files and in trackers.")
     report_to: list[str] = knob([], "accelerate trackers to report to: tensorboard, wandb, trackio, ...")
     run_name: str = knob("lmppo", "Name of the run in the trackers.")
     disable_tqdm: bool = knob(False, "Disable the progress bar.")
+
+    def contradictions(self) -> Contradictions:
+        """What belongs to an evaluation metric."""
+        yield (
+            self.metric_for_best_model is not None and self.eval_steps is None,
+            f"metric_for_best_model={self.metric_for_best_model!r} needs evaluations: set eval_steps.",
+        )
+        yield (
+            self.greater_is_better is not None and self.metric_for_best_model is None,
+            f"greater_is_better={self.greater_is_better} says how to compare a metric: set metric_for_best_model.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

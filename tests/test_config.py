@@ -89,7 +89,7 @@ BAD = {
 # ids with the model's vocabulary.
 FREE = {"output_dir", "resume_from_checkpoint", "use_cpu", "bf16", "gradient_checkpointing", "shuffle_dataset",
         "whiten_advantages", "reward_weights", "report_to", "run_name", "disable_tqdm", "suppress_tokens",
-        "bad_words_ids", "stop_token_ids", "stop_strings"}  # fmt: skip
+        "bad_words_ids", "stop_token_ids", "stop_strings", "metric_for_best_model", "greater_is_better"}  # fmt: skip
 FIELDS = {f.name: f for f in dataclasses.fields(PPOConfig) if f.name not in REPLACED}
 
 
@@ -167,6 +167,8 @@ CONTRADICTIONS = [
     ),
     ({"critic_warmup_epochs": 2}, "critic_warmup_epochs and critic_warmup_explained_variance need"),
     ({"critic_warmup_explained_variance": 0.3}, "critic_warmup_epochs and critic_warmup_explained_variance need"),
+    ({"metric_for_best_model": "reward"}, "metric_for_best_model='reward' needs evaluations: set eval_steps"),
+    ({"greater_is_better": False}, "greater_is_better=False says how to compare a metric: set metric_for_best_model"),
     ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target=6.0 adapts kl_coef by factors"),
     ({"dual_clip": 3.0, "objective": "kl_penalty"}, "dual_clip belongs to objective='clip'"),
     ({"bad_words_ids": [[3], [4, 5], []]}, r"bad_words_ids has \[4, 5\], \[\]: each word must be one token id"),

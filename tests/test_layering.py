@@ -12,7 +12,7 @@ LAYERS = (
     ("setting_rules", "settings", "config", "checks", "axes", "support", "records", "control"),
     ("tables", "plots", "protocols", "texts", "context"),
     ("models", "rewards", "prompts", "stopping", "sampling", "sampling_checks", "optimizer"),
-    ("processes", "collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
+    ("processes", "collector", "loss", "estimators", "metrics", "evaluation", "trpo", "update", "launch"),
     ("run", "explain", "trainer"),
     ("cli", "__main__"),
 )

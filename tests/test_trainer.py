@@ -252,8 +252,9 @@ def test_what_is_shown_and_saved_changes_nothing_that_is_learned(tmp_path, base,
     assert_same(weights(trained(tmp_path, **(BASE | settings))), base)
 
 
-def test_evaluating_changes_nothing_that_is_learned(tmp_path, base):
-    trainer = trained(tmp_path, **BASE, eval_steps=1, eval_dataset=["kj", "c"])
+@pytest.mark.parametrize("settings", [{}, {"metric_for_best_model": "reward", "log_completions": 2}], ids=str)
+def test_evaluating_changes_nothing_that_is_learned(tmp_path, base, settings):
+    trainer = trained(tmp_path, **BASE, eval_steps=1, eval_dataset=["kj", "c"], **settings)
     assert_same(weights(trainer), base)
 
 

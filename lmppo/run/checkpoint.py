@@ -232,7 +232,12 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first, by step number; links and foreign directories are not among them."""
     folder = Path(output_dir) / "checkpoints"
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)))  # type: ignore[union-attr]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its directory's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_valid_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:

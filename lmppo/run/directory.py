@@ -87,15 +87,13 @@ def find_resume_point(output_dir: str | Path, resume: str | bool | None, setting
 
 
 def discard_unsaved(output_dir: str | Path) -> None:
-    """Remove what an interrupted save or final export left behind; an export that was being replaced is put back."""
-    final = Path(output_dir) / "final"
-    if old_of(final).exists() and not final.exists():
-        old_of(final).rename(final)
-    for leftover in [
-        Path(output_dir) / ".tmp-final",
-        old_of(final),
-        *(Path(output_dir) / "checkpoints").glob(".tmp-step-*"),
-    ]:
+    """Remove what an interrupted save or export left behind; an export that was being replaced is put back."""
+    leftovers = list((Path(output_dir) / "checkpoints").glob(".tmp-step-*"))
+    for export in (Path(output_dir) / "final", Path(output_dir) / "best"):
+        if old_of(export).exists() and not export.exists():
+            old_of(export).rename(export)
+        leftovers += [export.with_name(f".tmp-{export.name}"), old_of(export)]
+    for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
