@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from lmppo.redaction import scrubbed
+
 ESTIMATORS = ("gae", "rewards_to_go", "total_return", "immediate_rewards")
 BASELINES = ("none", "batch_mean", "leave_one_out", "critic", "auto")
 OBJECTIVES = ("clip", "kl_penalty", "importance_sampled", "policy_gradient", "trpo")
@@ -88,6 +90,7 @@ class Settings:
             remedy.
     """
 
+    @scrubbed
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
         own = {f.name for f in fields(self)}
