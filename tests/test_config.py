@@ -59,6 +59,7 @@ BAD = {
     "ppo_epochs": COUNT,
     "minibatch_size": (*COUNT, 30),
     "micro_batch_size": COUNT,
+    "chat_template_kwargs": ("enable_thinking", "[1]", "1"),
     "clip_range": (0.0, 1.0, NAN),
     "clip_range_high": POSITIVE,
     "value_clip_range": POSITIVE,

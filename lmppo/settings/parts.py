@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from lmppo.setting_rules import (
     BASELINES,
@@ -56,6 +57,15 @@ class RolloutSettings(Settings):
     rollout_batch_size: int = knob(64, "Completions sampled per iteration, over all processes.")
     num_generations: int = knob(1, "Completions per prompt; rollout_batch_size counts all of them.")
     shuffle_dataset: bool = knob(True, "Shuffle the prompts, in a new order each epoch.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings(Settings):
+    """How prompts become tokens."""
+
+    chat_template_kwargs: dict[str, Any] | str | None = knob(
+        None, "Arguments of the chat template; as JSON on the command line: '{\"enable_thinking\": false}'."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,97 +313,3 @@ class ReportingSettings(Settings):
             self.greater_is_better is not None and self.metric_for_best_model is None,
             f"greater_is_better={self.greater_is_better} says how to compare a metric: set metric_for_best_model.",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectorSettings(PassSettings, TruncationSettings, KLSettings, RunSettings):
-    """What the rollout may touch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShapingSettings(TruncationSettings, KLSettings):
-    """What rewards per token may touch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EstimatorSettings(AdvantageSettings, TruncationSettings, RolloutSettings):
-    """What the estimator may touch."""
-
-    def contradictions(self) -> Contradictions:
-        """What belongs to another estimator, baseline or number of completions per prompt."""
-        yield (
-            self.baseline == "leave_one_out" and self.num_generations < 2,
-            "baseline='leave_one_out' compares completions of one prompt: set num_generations to 2 or more.",
-        )
-        yield (
-            self.truncation == "bootstrap" and not self.uses_critic,
-            f"truncation='bootstrap' needs a critic: baseline={self.baseline!r} has none.",
-        )
-        yield (
-            self.truncation == "bootstrap" and self.estimator not in ("gae", "rewards_to_go"),
-            f"truncation='bootstrap' adds a value to later rewards, which estimator={self.estimator!r} does not "
-            f"use: set estimator='gae' or 'rewards_to_go'.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamSettings(AdvantageSettings, KLSettings):
-    """What decides whether a setting of a reward stream has an effect."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossSettings(CriticSettings, ObjectiveSettings, KLSettings, SamplingSettings):
-    """What the loss may touch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpdateSettings(
-    PassSettings,
-    LossSettings,
-    CriticSettings,
-    ObjectiveSettings,
-    AdvantageSettings,
-    KLSettings,
-    SamplingSettings,
-    RunSettings,
-):
-    """What the update may touch."""
-
-    def contradictions(self) -> Contradictions:
-        """What belongs to another objective, or to a critic."""
-        yield (
-            not self.uses_critic and (self.critic_warmup_steps > 0 or self.critic_epochs is not None),
-            f"critic_warmup_steps and critic_epochs need a critic: baseline={self.baseline!r} has none.",
-        )
-        yield (
-            self.objective == "trpo" and (self.ent_coef > 0 or self.target_kl is not None or self.kl_in_loss),
-            "objective='trpo' takes one step within trpo_max_kl: leave out ent_coef, target_kl and a KL penalty in "
-            "the loss.",
-        )
-        yield (
-            self.objective == "trpo" and self.bf16,
-            "objective='trpo' measures KLs that are smaller than the rounding of bfloat16: leave bf16 out.",
-        )
-        yield (
-            self.objective == "trpo" and self.gradient_checkpointing,
-            "objective='trpo' differentiates twice, which gradient_checkpointing does not allow: leave it out.",
-        )
-        yield (
-            self.objective == "policy_gradient" and self.target_kl is not None,
-            "objective='policy_gradient' takes its one step at KL 0, where target_kl never stops it: leave it out.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TRPOUpdateSettings(PassSettings, TRPOSettings, SamplingSettings):
-    """What TRPO's step may touch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ControlSettings(CriticSettings, ObjectiveSettings, KLSettings):
-    """What the controllers may touch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleSettings(OptimizerSettings, RunSettings):
-    """What the learning rate may touch."""
