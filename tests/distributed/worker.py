@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ RUNS = {
     "shared": {},
     "separate": {"critic_learning_rate": 2e-2},
     "lora": {"ent_coef": 0.05, "top_p": 0.9, "learning_rate": 3e-2, "kl_form": "k3_both"},
+    "lora critic": {"critic_learning_rate": 2e-2, "gradient_checkpointing": True, "ent_coef": 0.05},
+    "lora critic, warm-up": {"critic_warmup_steps": 1, "critic_epochs": 3, "num_layers_unfrozen": 1},
     "warm-up": {"critic_warmup_steps": 1, "weight_decay": 0.1, "target_kl": 10.0, "kl_target": 0.05, "kl_horizon": 40},
     "kl-penalty": {
         "objective": "kl_penalty",
@@ -48,9 +51,13 @@ def note_lengths(prompts, completions, number, log_extra, log_metric, **kwargs):
 
 
 def build(output_dir, name) -> PPOTrainer:
-    kind = name if name in ("separate", "lora") else "shared"
+    kind = name if name in ("separate", "lora") else "lora critic" if name.startswith("lora critic") else "shared"
+    arguments = build_policy_arguments(kind)
+    if kind == "lora critic":  # a head that no value depends on, and top layers alone
+        part = {"target_modules": ["lm_head", "c_attn"]} if name == kind else {"layers_to_transform": [1]}
+        arguments["peft_config"] = replace(arguments["peft_config"], **part)
     data = [{"prompt": p, "number": i} for i, p in enumerate(PROMPTS)]
-    settings = COMMON | build_policy_arguments(kind) | RUNS[name]
+    settings = COMMON | arguments | RUNS[name]
     return make_trainer(output_dir, reward=[count_a, note_lengths], dataset=data, eval_dataset=data[:3], **settings)
 
 
