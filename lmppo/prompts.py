@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import lmppo.pretrained as pretrained
 from lmppo.context import usable_context
 from lmppo.models import vocab_size_of
 from lmppo.protocols import Tokenizer
@@ -348,16 +349,17 @@ def cut_prompts(dataset: Any, tokenizer: Tokenizer, prompt_tokens: int) -> Any:
     return dataset
 
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer that lies beside a model's weights.
 
     Raises:
+        UntrustedModelError: It needs code of its own, and ``trust_remote_code`` is not set.
         OSError: There is none.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        return pretrained.load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
+    except pretrained.UntrustedModelError:
+        raise
     except (OSError, ValueError) as error:
         raise OSError(
             f"No tokenizer could be loaded from {name_or_path!r}: it must be a directory or a Hub id that holds one. "

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from lmppo.redaction import scrubbed
+
 ESTIMATORS = ("gae", "rewards_to_go", "total_return", "immediate_rewards")
 BASELINES = ("none", "batch_mean", "leave_one_out", "critic", "auto")
 OBJECTIVES = ("clip", "kl_penalty", "importance_sampled", "policy_gradient", "trpo")
@@ -42,7 +44,11 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda v: v >= 1,
         "at least 1",
     ),
-    ("eval_steps save_steps critic_epochs critic_warmup_epochs", lambda v: v >= 1, "at least 1, or none"),
+    (
+        "eval_steps save_steps critic_epochs critic_warmup_epochs sample_batch_size num_layers_unfrozen",
+        lambda v: v >= 1,
+        "at least 1, or none",
+    ),
     ("cpu_threads min_new_tokens", lambda v: v >= 0, "0 or more, or none"),
     ("seed top_k warmup_steps critic_warmup_steps log_completions save_rollouts", lambda v: v >= 0, "0 or more"),
     (
@@ -87,6 +93,7 @@ class Settings:
             remedy.
     """
 
+    @scrubbed
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
         own = {f.name for f in fields(self)}

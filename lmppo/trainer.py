@@ -36,6 +36,7 @@ from lmppo.optimizer import make_optimizer, set_learning_rates
 from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
 from lmppo.protocols import Tokenizer
 from lmppo.records import Experience, Rollout
+from lmppo.redaction import scrubbed
 from lmppo.rewards import RewardSet, make_streams
 from lmppo.run import Callbacks, Run
 from lmppo.sampling import SamplingParams
@@ -85,8 +86,10 @@ class PPOTrainer:
         ValueError: The arguments do not fit together; the message names the culprit and the remedy.
         TypeError: An argument is of the wrong kind.
         OSError: A model or a tokenizer cannot be loaded.
+        UntrustedModelError: Its weights are pickled, or it needs code that ``trust_remote_code`` does not allow.
     """
 
+    @scrubbed
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -116,36 +119,29 @@ class PPOTrainer:
 
         # The models.
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
-        policy: Any = load_policy(model, peft_config).to(device)
-        if self.args.num_layers_unfrozen is not None:
-            freeze_lower_layers(policy, self.args.num_layers_unfrozen)
+        trust: dict[str, Any] = {"trust_remote_code": self.args.trust_remote_code}
+        policy: Any = load_policy(model, peft_config, **trust).to(device)
+        layers: dict[str, Any] = {"num_layers_unfrozen": self.args.num_layers_unfrozen}
+        freeze_lower_layers(policy, **layers)
         check_trainable(policy, self.args.objective)
         origin = str(model) if isinstance(model, str | Path) else policy.config._name_or_path
         named = origin if (Path(origin) / "tokenizer_config.json").exists() else policy.config._name_or_path
-        self.processing_class = processing_class or load_tokenizer(named)  # an adapter may have none beside it
-        if isinstance(ref_model, str):
-            ref_model = load_policy(ref_model)
-        self.reference = Reference(policy, ref_model, self.args.num_layers_unfrozen)
+        self.processing_class = processing_class or load_tokenizer(named, **trust)  # an adapter may have none beside it
+        given: Any = load_policy(ref_model, **trust) if isinstance(ref_model, str) else ref_model
+        self.reference = Reference(policy, given, **layers)
         self._kl_starts_at_zero = ref_model is None
         self._first_ratio_checked = False
 
         # The rewards.
         self.streams = make_streams(reward_funcs, reward_streams, self.args)
         self.rewards = RewardSet.from_streams(
-            self.streams, self.args.reward_weights, reward_processing_classes, device, watch_funcs
+            self.streams, self.args.reward_weights, reward_processing_classes, device, watch_funcs, **trust
         )
 
         # The critic, the prompts and the optimizer.
         params = self._make_params(policy)
-        actor_critic = make_actor_critic(
-            policy,
-            critic,
-            self.args,
-            self.processing_class,
-            n_streams=len(self.streams),
-            origin=origin,
-            num_layers_unfrozen=self.args.num_layers_unfrozen,
-        )
+        streams: dict[str, Any] = {"n_streams": len(self.streams), "origin": origin}
+        actor_critic = make_actor_critic(policy, critic, self.args, self.processing_class, **streams, **trust, **layers)
         prepare_recomputation(actor_critic, self.args)
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
@@ -166,7 +162,7 @@ class PPOTrainer:
         params = SamplingParams.of(self.args, self.processing_class, policy)
         check_sampling(params, self.args, policy)
         for message in sampling_warnings(params, self.args, policy) if self.accelerator.is_main_process else ():
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)  # the caller of the trainer, through scrubbed()
         return params
 
     def _make_run(self, run_settings: dict[str, Any], callbacks: Callbacks | None) -> Run:
@@ -202,6 +198,7 @@ class PPOTrainer:
         """The run's state: ``global_step`` counts the iterations done, ``log_history`` holds their metrics."""
         return self.run.state
 
+    @scrubbed
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainerState:
         """Run PPO up to ``max_steps``, and write ``final/``.
 

@@ -9,18 +9,22 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl
 
+from lmppo.redaction import scrubbed
 from lmppo.rewards import RewardFn
 
 FORMS = "lexicon, classifier:<path or id>, toy:<name>=<number>, package.module:function or path/to/file.py:function"
 
 
-def load(spec: str) -> RewardFn:
+@scrubbed
+def load(spec: str, *, trust_remote_code: bool = False) -> RewardFn:
     """The reward function a name stands for; the forms are listed in :mod:`reward_models`.
 
     Args:
         spec: The name. ``lexicon``, ``classifier:`` and ``toy:`` win over modules of the same names.
+        trust_remote_code: Whether code that comes with a classifier may run.
 
     Raises:
+        UntrustedModelError: A classifier's weights are pickled, or it needs code that is not trusted.
         ValueError: The name has none of the forms, or what it names does not exist; the message lists what does.
         TypeError: What it names cannot be called.
     """
@@ -30,7 +34,7 @@ def load(spec: str) -> RewardFn:
 
         return lexicon
     if kind == "classifier":
-        return _classifier(rest, spec)
+        return _classifier(rest, spec, trust_remote_code)
     if kind == "toy":
         from reward_models import toy
 
@@ -42,7 +46,7 @@ def load(spec: str) -> RewardFn:
     return _function(module, name, spec)
 
 
-def _classifier(rest: str, spec: str) -> RewardFn:
+def _classifier(rest: str, spec: str, trust_remote_code: bool) -> RewardFn:
     from lmppo.rewards import ClassifierReward
 
     model, _, query = rest.partition("?")
@@ -61,6 +65,7 @@ def _classifier(rest: str, spec: str) -> RewardFn:
         output=options.get("output", "log_odds"),
         label=options.get("label"),
         append_eos=append_eos[options.get("append_eos")],
+        trust_remote_code=trust_remote_code,
     )
 
 

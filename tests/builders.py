@@ -156,7 +156,7 @@ def make_experience(samples: Samples, seed=3) -> Experience:
         ref_support_logprobs=torch.zeros(shape),
         old_values=samples.values,
         advantages=torch.randn(shape, generator=generator),
-        returns=torch.randn(*shape, 1, generator=generator),
+        returns=torch.randn(samples.values.shape, generator=generator),
     )
 
 
@@ -168,8 +168,8 @@ def supports(record):
 
 def read(model, *batch):
     """Logits and values of prompt ids and mask, completion ids and mask."""
-    outputs = model(Tokens(*batch))
-    return outputs["logits"], outputs["values"]
+    tokens = Tokens(*batch)
+    return model.logits(tokens), model.values(tokens)
 
 
 def with_mask(record, mask):

@@ -104,10 +104,9 @@ def test_an_evaluation_computes_only_what_it_reports(tmp_path, monkeypatch, kind
     settings = {"truncation": "bootstrap", "kl_form": "exact_both", "micro_batch_size": 8}
     trainer = make_trainer(tmp_path, eval_dataset=["a", "bc"], **settings, **build_policy_arguments(kind))
     passes = Counter()
-    reads = {"reference": trainer.reference.logits, "policy": trainer.actor_critic.logits}
-    for name, read in reads.items():
-        owner = trainer.reference if name == "reference" else trainer.actor_critic
-        monkeypatch.setattr(owner, "logits", lambda tokens, name=name, read=read: passes.update([name]) or read(tokens))
+    for name, owner in {"reference": trainer.reference, "policy": trainer.actor_critic.language_model}.items():
+        counted = lambda tokens, name=name, read=owner.read: passes.update([name]) or read(tokens)  # noqa: E731
+        monkeypatch.setattr(owner, "read", counted)
     head = trainer.actor_critic.value_head if kind == "shared" else trainer.actor_critic.critic
     head.register_forward_hook(lambda *_: passes.update(["values"]))
     trainer.evaluate()

@@ -42,7 +42,7 @@ def test_logprobs_are_those_of_the_row_alone_on_the_records_support(family, samp
     samples = make_samples(build_model(family, "shared"), **sampling)
     other = ActorCritic(MODELS[family](seed=6))
     temperature = sampling.get("temperature", 1.0)
-    logprobs = score_tokens(Reference(other.policy).logits, samples, temperature, 4)
+    logprobs = score_tokens(Reference(other.policy), samples, temperature, 4)
     for row in range(len(PROMPTS)):
         completion = alone(samples.tokens.completion_ids, samples.completion_mask, row)
         logits, _ = row_alone(other, alone(samples.tokens.prompt_ids, samples.tokens.prompt_mask, row), completion)
@@ -57,22 +57,28 @@ def test_the_number_of_rows_per_forward_pass_changes_nothing(size):
     samples = make_samples(build_model("gpt2", "shared"))
     reference = Reference(gpt2(seed=6))
     torch.testing.assert_close(
-        score_tokens(reference.logits, samples, 1.0, size),
-        score_tokens(reference.logits, samples, 1.0, 6),
+        score_tokens(reference, samples, 1.0, size),
+        score_tokens(reference, samples, 1.0, 6),
         **ROUNDING,
     )
 
 
-def test_trimming_before_the_forward_pass_changes_nothing():
+def test_columns_that_no_row_uses_change_nothing():
     samples = make_samples(build_model("gpt2", "shared"), n_time=20)
     reference = Reference(gpt2(seed=6))
-    narrow = samples.trim()
-    width = narrow.tokens.completion_ids.shape[1]
-    torch.testing.assert_close(
-        score_tokens(reference.logits, samples, 1.0, 6)[:, :width],
-        score_tokens(reference.logits, narrow, 1.0, 6),
-        **ROUNDING,
-    )
+    samples = samples.rows(samples.tokens.lengths < 20)
+    width = int(samples.tokens.lengths.max())
+    assert 1 < width < 20
+    narrow, wide = samples.cut(T=slice(0, width)), samples.map(left_padded)
+    assert wide.tokens.prompt_ids.shape[1] == samples.tokens.prompt_ids.shape[1] + 3
+    logprobs = score_tokens(reference, samples, 1.0, 6)
+    assert torch.equal(logprobs[:, :width], score_tokens(reference, narrow, 1.0, 6))
+    assert torch.equal(logprobs, score_tokens(reference, wide, 1.0, 6))
+
+
+def left_padded(tensor, axes):
+    """Three more columns before the prompts."""
+    return torch.nn.functional.pad(tensor, (3, 0), value=9 * tensor.is_floating_point()) if "P" in axes else tensor
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
@@ -90,7 +96,7 @@ def test_kl_to_the_reference_is_zero_before_any_update(tmp_path, family, setting
 def test_kl_to_a_given_reference_is_the_log_ratio(tmp_path):
     trainer = make_trainer(tmp_path, ref_model=gpt2(seed=6))
     rollout = collect(trainer).rollout
-    expected = rollout.logprobs - score_tokens(trainer.reference.logits, rollout, 1.0, 3)
+    expected = rollout.logprobs - score_tokens(trainer.reference, rollout, 1.0, 3)
     torch.testing.assert_close(rollout.kl_to_ref, expected, **ROUNDING)
     assert rollout.kl_to_ref.abs().max() > 0.1
 

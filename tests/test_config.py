@@ -59,6 +59,8 @@ BAD = {
     "ppo_epochs": COUNT,
     "minibatch_size": (*COUNT, 30),
     "micro_batch_size": COUNT,
+    "sample_batch_size": COUNT,
+    "num_layers_unfrozen": COUNT,
     "clip_range": (0.0, 1.0, NAN),
     "clip_range_high": POSITIVE,
     "value_clip_range": POSITIVE,
@@ -87,8 +89,9 @@ BAD = {
 # Any text, any list and any bool is acceptable; reward_weights are checked with the reward functions they belong to, token
 # ids with the model's vocabulary.
 FREE = {"output_dir", "resume_from_checkpoint", "use_cpu", "bf16", "gradient_checkpointing", "shuffle_dataset",
-        "whiten_advantages", "reward_weights", "report_to", "run_name", "disable_tqdm", "suppress_tokens",
-        "bad_words_ids", "stop_token_ids", "stop_strings", "metric_for_best_model", "greater_is_better"}  # fmt: skip
+        "trust_remote_code", "whiten_advantages", "reward_weights", "report_to", "run_name", "disable_tqdm",
+        "suppress_tokens", "bad_words_ids", "stop_token_ids", "stop_strings",
+        "metric_for_best_model", "greater_is_better"}  # fmt: skip
 FIELDS = {f.name: f for f in dataclasses.fields(PPOConfig) if f.name not in REPLACED}
 
 

@@ -135,7 +135,7 @@ def listed_of(monkeypatch, tmp_path):
         prompt = [1, 2]
         listed = Listed(name, *models, prompt)
         monkeypatch.setattr(
-            lmppo.collector, "sample", lambda *args, values: listed.samples(prompt, ENDS.get(name, (EOS,)))
+            lmppo.collector, "sample", lambda *args, **settings: listed.samples(prompt, ENDS.get(name, (EOS,)))
         )
         trainer = make_trainer(
             tmp_path, model=models[0], ref_model=models[1], reward=reward, dataset=[{"prompt": prompt}],
@@ -165,7 +165,7 @@ def test_the_expected_gradient_of_every_form(listed_of, name, form):
     penalties = Penalties(kl_coef=BETA if args.kl_in_loss else 0.0, reference=trainer.reference)
     found = kl_loss = 0.0
     for row, chance in enumerate(listed.chances.detach()):
-        one = experience.rows(slice(row, row + 1)).trim()
+        one = experience.rows(slice(row, row + 1))
         loss, sums = ppo_loss(trainer.actor_critic, one, args, penalties, heads=["logits"], token_count=1)
         found = found - chance * gradient(loss, policy)
         kl_loss += chance * sums.get("kl_loss", 0.0)

@@ -147,7 +147,7 @@ def other_precision():
 
 def test_in_mixed_precision_old_logprobs_come_from_the_updates_forward_pass(tmp_path, other_precision):
     """The sampler feeds one token at a time, and bfloat16 rounds other matrix shapes to other numbers."""
-    trainer = make_trainer(tmp_path, model=sized("gpt2", 80), bf16=True)
+    trainer = make_trainer(tmp_path, model=sized("gpt2", 80), bf16=True, max_completion_length=30)
     rollout = trainer.collector.collect(trainer.prompts.next_batch(8), 0).rollout
     nothing = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.values)
     experience = Experience.from_rollout(rollout, *nothing)

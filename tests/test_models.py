@@ -82,8 +82,7 @@ def test_each_row_gets_the_numbers_it_gets_alone(family, kind):
     samples = make_samples(model)
     assert samples.completion_mask.sum(1).unique().numel() > 1, "the test needs completions of several lengths"
     with torch.no_grad():
-        outputs = model(samples.tokens)
-    logits, values = outputs["logits"], outputs["values"]
+        logits, values = model.logits(samples.tokens), model.values(samples.tokens)
     for row in range(len(PROMPTS)):
         prompt = alone(samples.tokens.prompt_ids, samples.tokens.prompt_mask, row)
         completion = alone(samples.tokens.completion_ids, samples.completion_mask, row)
@@ -191,11 +190,13 @@ def test_a_fresh_value_head_says_zero():
 def test_values_only_reaches_the_critic_alone(kind):
     model = build_model("gpt2", kind)
     ids, mask = encode("abc", "d")
-    outputs = model(Tokens(ids, mask, ids, mask), ("values",))
+    tokens = Tokens(ids, mask, ids, mask)
+    outputs = model(tokens, ("values",))
     assert outputs.keys() == {"values"}
-    values = outputs["values"]
-    torch.testing.assert_close(values, read(model, ids, mask, ids, mask)[1])
-    values.sum().backward()
+    both = model(tokens, of_logits=lambda logits, part: (logits.sum(), {}))
+    assert both.keys() == {"logits", "values"}
+    torch.testing.assert_close(outputs["values"], both["values"])
+    outputs["values"].sum().backward()
     assert all(p.grad is None for p in model.policy.parameters())
     assert all(p.grad is not None for p in model.critic_parameters())
 

@@ -97,7 +97,7 @@ def test_the_sampler_draws_what_it_draws_on_the_cpu(device, settings):
             self.hidden = self.put(table[self.t, self.rows, :1])
             self.t += 1
 
-    model = SimpleNamespace(n_streams=1, critic=None, values_of=lambda hidden: hidden, decoder=Decoder)
+    model = SimpleNamespace(n_streams=1, critic=None, value_head=True, values_of=lambda hidden: hidden, decoder=Decoder)
     ids, mask = torch.ones(6, 3, dtype=torch.long), torch.ones(6, 3, dtype=torch.bool)
     params, noise = SamplingParams(9, eos_token_ids=(0,), **settings), uniform_noise(0, 0, range(6), 9)
     expected = sample(model, ids, mask, noise, params)

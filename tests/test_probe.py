@@ -82,7 +82,7 @@ def test_padded_rows_are_those_of_the_plain_model(build):
     prompts = [[5], [2, 3, 4, 5, 6, 7, 8], [9, 10, 11]]
     noise = uniform_noise(4, 0, range(3), 8)
     samples = sample(actor_critic, *pad_left(prompts, 7), noise, SamplingParams(8, (2, 3, 4)))
-    again = actor_critic(samples.tokens)
+    logits, again = actor_critic.logits(samples.tokens), actor_critic.values(samples.tokens)
     lengths = samples.completion_mask.sum(dim=1).tolist()
     assert len(set(lengths)) > 1, "a row ends before another"
     for i, (prompt, n) in enumerate(zip(prompts, lengths, strict=True)):
@@ -91,11 +91,11 @@ def test_padded_rows_are_those_of_the_plain_model(build):
         states = slice(len(prompt) - 1, len(prompt) - 1 + n)
         expected = logprobs[states].gather(1, completion[:, None])[:, 0]
         torch.testing.assert_close(samples.logprobs[i, :n], expected, atol=2e-5, rtol=0)
-        torch.testing.assert_close(again["logits"][i, :n].log_softmax(-1), logprobs[states], atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits[i, :n].log_softmax(-1), logprobs[states], atol=2e-5, rtol=0)
         if build is not opt_350m:  # its head reads a projection of these
             values = actor_critic.values_of(hidden)[states]
             torch.testing.assert_close(samples.values[i, :n], values, atol=1e-4, rtol=0)
-            torch.testing.assert_close(again["values"][i, :n], values, atol=1e-4, rtol=0)
+            torch.testing.assert_close(again[i, :n], values, atol=1e-4, rtol=0)
 
 
 def test_what_the_models_tell_of_themselves():
@@ -113,7 +113,7 @@ class Refused:
         return made(OpenAIGPTLMHeadModel, OpenAIGPTConfig(vocab_size=VOCAB, **sizes)), "OpenAIGPTLMHeadModel.* no cache"
 
     def padding():
-        return bart(), r"BartForCausalLM, which computes something else of a row when it is padded.*no position_ids"
+        return bart(), "BartForCausalLM, which computes something else with its cache than without"
 
     def encoder_and_decoder():
         sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": VOCAB}
@@ -181,9 +181,16 @@ def test_a_compiled_model_is_run_as_it_was_before(tmp_path, capsys):
         assert torch.equal(ours, theirs)
 
 
-def test_a_reference_is_probed_too(tmp_path):
-    with pytest.raises(UnsupportedModelError, match="ref_model is a BartForCausalLM"):
-        Reference(gpt2(), bart())
+def test_a_reference_is_probed_too():
+    """It has no cache: one that cannot be told its positions is read right, as padding is behind its rows."""
+    bidirectional = made(RobertaForCausalLM, RobertaConfig(is_decoder=False, **ENCODER))
+    with pytest.raises(UnsupportedModelError, match="ref_model is a RobertaForCausalLM that reads later tokens"):
+        Reference(gpt2(), bidirectional)
+    reference, tokens = Reference(gpt2(), bart()), probe_tokens(bart())
+    logits = reference.logits(tokens)
+    for i, row in enumerate(tokens.input_ids):
+        logprobs, _ = single_row(reference.model, row[tokens.attention_mask[i]].tolist())
+        torch.testing.assert_close(logits[i].log_softmax(-1), logprobs[-STEPS - 1 : -1], atol=2e-5, rtol=0)
 
 
 def test_a_critic_that_reads_later_tokens_is_refused(tmp_path):
@@ -211,12 +218,11 @@ def test_the_probe_goes_past_a_window():
     """Wrong only beyond the window: a mask that is right for short rows would pass."""
 
     class Leaking(MistralModel):
-        """Beyond the window, padding changes what it computes."""
+        """Beyond the window, what it computes of a row depends on the other rows."""
 
-        def forward(self, input_ids=None, attention_mask=None, **kwargs):
-            out = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-            if attention_mask is not None and not attention_mask.all() and attention_mask.shape[1] > 24:
-                out.last_hidden_state[:, 24:] += 1
+        def forward(self, input_ids=None, **kwargs):
+            out = super().forward(input_ids=input_ids, **kwargs)
+            out.last_hidden_state[1:, 24:] += 1
             return out
 
     windowed = MistralConfig(sliding_window=12, num_key_value_heads=1, **ENCODER)

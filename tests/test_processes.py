@@ -76,7 +76,7 @@ def test_whatever_fails_in_a_rollout_is_told_to_the_others(tmp_path, monkeypatch
     if part == "sampling":
         torch.nn.init.constant_(trainer.actor_critic.policy.transformer.ln_f.bias, torch.nan)
     if part == "reference":
-        monkeypatch.setattr(trainer.reference, "logits", lambda tokens: 1 / 0)
+        monkeypatch.setattr(trainer.reference, "read", lambda tokens: 1 / 0)
     prompts = trainer.prompts.next_batch(8)
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     error = {"sampling": NonFiniteError, "reference": ZeroDivisionError, "reward": RewardError}[part]

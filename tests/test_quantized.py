@@ -272,7 +272,8 @@ def test_a_run_is_resumed_and_its_checkpoint_holds_the_adapter_alone(saved, tmp_
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "nf4, compute in bf16"])
-def test_the_export_is_the_adapter_and_says_so(saved, tmp_path, capsys, kind):
+def test_the_export_is_the_adapter_and_says_so(saved, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: False)  # its kernel for such CPUs takes larger models
     trainer = make_trainer(tmp_path, model=load(saved / "llama", kind), peft_config=lora())
     trainer.train()
     assert (

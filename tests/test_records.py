@@ -1,11 +1,13 @@
 """The two records: shapes and kinds are checked when they are made; rows and columns are cut as a whole."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
+from builders import with_mask
 
-from lmppo.records import Experience, Rollout, Tokens
+from lmppo.records import Experience, Rollout, Tokens, length_groups, spread
 from lmppo.support import Support, pack
 
 
@@ -135,32 +137,101 @@ def test_rows_are_selected_in_every_tensor(rows):
         assert torch.equal(selected[name], tensor[rows]), name
 
 
-def test_trimming_drops_what_no_row_uses_and_nothing_else():
+def test_counted_tokens_are_picked_row_by_row_from_every_tensor():
+    """Gaps left out; the prompts are gone, and what stays checks its shapes as before."""
     rollout = make_rollout(prompt=("0011", "0001"), completion=("11000", "10100"), streams=2)
-    trimmed = rollout.trim()
-    assert trimmed.tokens.prompt_mask.equal(mask_of("11", "01"))
-    assert trimmed.completion_mask.equal(mask_of("110", "101")), "a gap stays"
-    after = tensors(trimmed)
-    for name, tensor in tensors(rollout).items():
-        columns = (
-            slice(None)
-            if tensor.ndim == 1 or name == "bootstrap_values"
-            else slice(2, None)
-            if "prompt" in name
-            else slice(0, 3)
-        )
-        expected = tensor if tensor.ndim == 1 else tensor[:, columns]
-        assert torch.equal(after[name], expected), name
+    experience = Experience.from_rollout(rollout, rollout.logprobs, rollout.values)
+    counted = experience.counted()
+    assert counted.sizes() | {"N": 2} == {"B": 1, "P": 0, "T": 4, "K": 2, "N": 2}
+    assert counted.completion_mask.all()
+    places = [(0, 0), (0, 1), (1, 0), (1, 2)]
+    after = tensors(counted)
+    for name, tensor in tensors(experience).items():
+        if "prompt" not in name:
+            assert torch.equal(after[name], torch.stack([tensor[place] for place in places])[None]), name
+    assert torch.equal(spread(counted.returns, rollout.completion_mask)[0, 1], rollout.values[0, 1])
+    nothing = with_mask(experience, torch.zeros(2, 5).bool()).counted()
+    assert nothing.sizes()["T"] == 0 and spread(nothing.returns, torch.zeros(2, 5).bool()).eq(0).all()
+    with pytest.raises(TypeError, match=r"A Rollout has numbers for whole rows, with the axes \('B', 'K'\)"):
+        rollout.counted()
 
 
-def test_micro_batches_are_the_rows_without_unused_columns():
-    rollout = make_rollout(prompt=("0011", "0001", "1111"), completion=("1100", "1000", "1110"))
-    parts = list(rollout.micro_batches(2))
-    assert [rows for rows, _ in parts] == [slice(0, 2), slice(2, 4)]
-    assert [part.sizes()["T"] for _, part in parts] == [2, 3] and [part.sizes()["P"] for _, part in parts] == [2, 4]
-    doubled = rollout.per_token(lambda part: 2 * part.logprobs, micro_batch_size=2)
-    assert torch.equal(doubled, torch.where(rollout.completion_mask, 2 * rollout.logprobs, 0.0))
+def test_numbers_of_counted_tokens_go_back_to_their_places_and_0_elsewhere():
+    mask = mask_of("0110", "1000", "0000")
+    assert spread(torch.tensor([[1.0, 2.0, 3.0]]), mask).tolist() == [[0, 1, 2, 0], [3, 0, 0, 0], [0, 0, 0, 0]]
+    assert spread(torch.ones(1, 3, 2), mask).shape == (3, 4, 2)
 
 
-def test_trimming_a_batch_in_which_nothing_counts_leaves_one_column():
-    assert make_rollout(completion=("0000", "0000")).trim().completion_mask.shape == (2, 1)
+def test_micro_batches_are_all_rows_each_once_with_all_that_is_known_of_them():
+    rollout = make_rollout(prompt=("0011", "0001", "1111"), completion=("1100", "1000", "1110"), streams=2)
+    for size in (1, 2, 3, 100):
+        found = []
+        for rows, part in rollout.micro_batches(size):
+            found += rows.tolist()
+            for name, tensor in tensors(rollout.rows(rows)).items():
+                assert torch.equal(tensors(part)[name], tensor), name
+        assert sorted(found) == [0, 1, 2]
+
+
+# --- groups of similar length ----------------------------------------------------------------------------------------
+
+
+COST = 128
+
+
+def cost_of(groups, lengths):
+    return sum(len(group) * max(lengths[row] for row in group) + COST for group in groups)
+
+
+def cheapest(lengths, size):
+    """The least that any partition of the sorted rows costs: every set of cuts is tried."""
+    ordered, budget = sorted(lengths), size * max(lengths)
+    costs = []
+    for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
+        bounds = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), len(lengths)]
+        groups = [range(*pair) for pair in itertools.pairwise(bounds)]
+        if all(len(group) * ordered[group[-1]] <= budget for group in groups):
+            costs.append(cost_of(groups, ordered))
+    return min(costs)
+
+
+def random_lengths(n, longest, seed):
+    return torch.randint(1, longest + 1, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+@pytest.mark.parametrize("longest", [8, 200, 3000])
+def test_no_other_partition_into_groups_of_similar_length_costs_less(longest, size):
+    for seed in range(12):
+        lengths = random_lengths(9, longest, seed)
+        groups = length_groups(lengths, size, COST)
+        assert cost_of(groups, lengths) == cheapest(lengths, size), lengths
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 40])
+def test_groups_hold_every_row_once_within_the_budget_whatever_the_order_of_the_rows(size):
+    lengths = random_lengths(40, 2000, 0)
+    groups = length_groups(lengths, size, COST)
+    assert sorted(itertools.chain(*groups)) == list(range(40))
+    assert all(len(group) * max(lengths[row] for row in group) <= size * max(lengths) for group in groups)
+    ranges = [(min(lengths[row] for row in group), max(lengths[row] for row in group)) for group in groups]
+    assert all(left[1] <= right[0] for left, right in itertools.pairwise(ranges)), "the shortest first"
+    for seed in range(5):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed)).tolist()
+        shuffled = length_groups([lengths[row] for row in order], size, COST)
+        assert [sorted(lengths[order[i]] for i in group) for group in shuffled] == [
+            sorted(lengths[row] for row in group) for group in groups
+        ]
+
+
+def test_short_rows_are_not_padded_to_the_longest_unless_that_is_cheaper_than_another_pass():
+    assert length_groups([900, 40, 1000, 50], 4, COST) == [[1, 3], [0, 2]]
+    assert length_groups([90, 40, 100, 50], 4, COST) == [[0, 1, 2, 3]]
+
+
+def test_one_row_is_one_group_and_equal_rows_are_groups_of_the_size():
+    assert length_groups([7], 4, COST) == [[0]]
+    assert length_groups([5] * 6, 100, COST) == [list(range(6))]
+    for size in (1, 2, 4):
+        sizes = [len(group) for group in length_groups([500] * 10, size, COST)]
+        assert sum(sizes) == 10 and max(sizes) <= size and len(sizes) == -(-10 // size)

@@ -20,6 +20,7 @@ from lmppo.config import PPOConfig, RewardStream
 from lmppo.functional import kl_k1, rewards_to_go, td_residuals
 from lmppo.functional.kl import MAX_LOG_RATIO
 from lmppo.records import Experience
+from lmppo.redaction import scrub
 from lmppo.rewards import default_streams
 from lmppo.run.checkpoint import CheckpointError
 from lmppo.texts import REPLACEMENT, decode_completions, decode_whole
@@ -242,7 +243,7 @@ def save_rollouts(
         "gammas": [config.gamma if stream.gamma is None else stream.gamma for stream in streams],
         "lams": [config.lam if stream.lam is None else stream.lam for stream in streams],
         "weights": [stream.weight for stream in streams],
-        "settings": config.to_dict() | ({} if kl_coef is None else {"kl_coef": kl_coef}),
+        "settings": scrub(config.to_dict()) | ({} if kl_coef is None else {"kl_coef": kl_coef}),
     }
     save_file(tensors, directory / TENSORS)
     (directory / TEXTS).write_text(json.dumps(texts, indent=2) + "\n")

@@ -13,4 +13,4 @@ def use_fused_gelu(model: nn.Module) -> None:
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) in (NewGELUActivation, FastGELUActivation):
-                setattr(module, name, GELUTanh())
+                setattr(module, name, GELUTanh().train(child.training))

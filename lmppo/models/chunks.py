@@ -97,8 +97,10 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
-        gradients = [gradient.mul_(outer) for gradient in ctx.gradients]
-        return (None, None) + tuple(gradients)
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("A second backward pass through a sum over logits: its gradients have been handed on.")
+        return (None, None) + tuple(gradient.mul_(outer) for gradient in gradients)
 
 
 def _gradients_of(total: Tensor) -> dict[Tensor, Tensor]:

@@ -199,19 +199,21 @@ class LanguageModel:
             return False
 
 
-def freeze_lower_layers(policy: Any, num_layers_unfrozen: int) -> None:
+def freeze_lower_layers(policy: Any, num_layers_unfrozen: int | None) -> None:
     """Train only what is computed after the lower layers: the layers above, the final norm, a head that is not tied.
 
     A head that is tied to the embedding stays as it is, and so does what is frozen already.
 
     Args:
         policy: A causal language model, plain or with an adapter.
-        num_layers_unfrozen: How many of its top layers are trained.
+        num_layers_unfrozen: How many of its top layers are trained; None: all, and nothing is frozen.
 
     Raises:
         ValueError: It has fewer layers, or an adapter with weights below the layers that are trained.
         UnsupportedModelError: Its lower layers cannot be told from the others.
     """
+    if num_layers_unfrozen is None:
+        return
     model = LanguageModel(policy.eval(), num_layers_unfrozen=num_layers_unfrozen)
     tokens = probe_tokens(policy)
     with torch.enable_grad():

@@ -16,6 +16,7 @@ from lmppo.models.adapters import add_adapter, base_of_adapter, load_adapter
 from lmppo.models.inputs import base_of
 from lmppo.models.language_model import freeze_lower_layers
 from lmppo.models.loading import frozen_view, print_once
+from lmppo.pretrained import UntrustedModelError
 from lmppo.protocols import CausalLM
 
 if TYPE_CHECKING:
@@ -29,7 +30,12 @@ HEAD = "value_head.safetensors"
 
 
 def with_lora_critic(
-    policy: CausalLM, n_streams: int = 1, *, num_layers_unfrozen: int | None = None, left: Path | None = None
+    policy: CausalLM,
+    n_streams: int = 1,
+    *,
+    num_layers_unfrozen: int | None = None,
+    left: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> ActorCritic:
     """The policy, and a critic that is an adapter on its base with a value head.
 
@@ -40,14 +46,18 @@ def with_lora_critic(
         n_streams: Number of reward streams.
         num_layers_unfrozen: How many top layers of both are trained; None: all.
         left: A critic of this kind that another run has left. It is taken over if it fits; a line says so, or why not.
+        trust_remote_code: Whether code that comes with the base may run.
 
     Raises:
+        UntrustedModelError: The weights of what is left are pickled.
         ValueError: The policy has no LoRA adapter, or one whose making has changed the base.
     """
     config = _lora_config(policy)
     if left is not None:
         try:
-            model = _take_over(left, policy, n_streams, num_layers_unfrozen)
+            model = _take_over(left, policy, n_streams, num_layers_unfrozen, trust_remote_code)
+        except UntrustedModelError:
+            raise
         except (ValueError, OSError, RuntimeError) as error:  # the last: weights of other shapes
             print_once(f"Critic: a new adapter, as the one in {left} does not fit. {error}")
         else:
@@ -83,18 +93,20 @@ def _base_view(policy: Any) -> Any:
 
 
 def _join(policy: CausalLM, critic: Any, n_streams: int, num_layers_unfrozen: int | None) -> ActorCritic:
-    if num_layers_unfrozen is not None:
-        freeze_lower_layers(critic, num_layers_unfrozen)
+    freeze_lower_layers(critic, num_layers_unfrozen)
     return ActorCritic(policy, critic, n_streams, num_layers_unfrozen)
 
 
-def _take_over(left: Path, policy: Any, n_streams: int, num_layers_unfrozen: int | None) -> ActorCritic:
+def _take_over(
+    left: Path, policy: Any, n_streams: int, num_layers_unfrozen: int | None, trust_remote_code: bool
+) -> ActorCritic:
     """What another run has left, if it is an adapter for the same base.
 
     Raises:
         ValueError: It is for another base, or of another number of streams.
     """
-    base, own_base = base_of_adapter(str(left)), policy.peft_config[policy.active_adapter].base_model_name_or_path
+    base = base_of_adapter(str(left), trust_remote_code=trust_remote_code)
+    own_base = policy.peft_config[policy.active_adapter].base_model_name_or_path
     merged = getattr(base_of(policy), "merged_adapter", None)
     if not base or base != own_base or merged:
         own = f"{own_base!r} with {merged!r} merged into it" if merged else repr(own_base)
@@ -105,6 +117,7 @@ def _take_over(left: Path, policy: Any, n_streams: int, num_layers_unfrozen: int
     head = load_file(left / HEAD)
     if len(head["bias"]) != n_streams:
         raise ValueError(f"It has {len(head['bias'])} outputs; expected {n_streams}, one per reward stream.")
-    model = _join(policy, load_adapter(_base_view(policy), str(left)), n_streams, num_layers_unfrozen)
+    critic = load_adapter(_base_view(policy), str(left), trust_remote_code=trust_remote_code)
+    model = _join(policy, critic, n_streams, num_layers_unfrozen)
     model.value_head.load_state_dict(head)
     return model

@@ -64,6 +64,8 @@ def make_functions(
     tokenizers: Sequence[Tokenizer | None],
     device: torch.device | str | None,
     taken: Collection[str] = (),
+    *,
+    trust_remote_code: bool = False,
 ) -> list[Function]:
     """Functions with unique names, from callables and from classifiers given by name or as models.
 
@@ -73,6 +75,7 @@ def make_functions(
         tokenizers: The tokenizer of each classifier, ``None`` for the saved one.
         device: Where classifiers given by name or as models score.
         taken: Names that others have.
+        trust_remote_code: Whether code that comes with a classifier given by name may run.
 
     Raises:
         ValueError: A classifier cannot be used.
@@ -80,7 +83,7 @@ def make_functions(
     """
     functions: list[Function] = []
     for one, tokenizer in zip(given, tokenizers, strict=True):
-        call = _as_function(kind, one, tokenizer, device)
+        call = _as_function(kind, one, tokenizer, device, trust_remote_code)
         name = _unique(_name(call), {*taken, *(function.name for function in functions)})
         functions.append(Function(kind, name, call, ENDED in _parameters(call)))
     return functions
@@ -142,9 +145,11 @@ def _reward_error(function: Function, step: int, error: BaseException) -> Reward
     return RewardError(f"{function} raised {type(error).__name__} at step {step}: {error}")
 
 
-def _as_function(kind: str, given: Any, tokenizer: Tokenizer | None, device: torch.device | str | None) -> RewardFn:
+def _as_function(
+    kind: str, given: Any, tokenizer: Tokenizer | None, device: torch.device | str | None, trust_remote_code: bool
+) -> RewardFn:
     if isinstance(given, str | Path | torch.nn.Module):
-        return ClassifierReward(given, tokenizer, device=device)
+        return ClassifierReward(given, tokenizer, device=device, trust_remote_code=trust_remote_code)
     if not callable(given):
         raise TypeError(f"{kind} {given!r} is a {type(given).__name__}: give a callable, a path or a model.")
     parameters = _parameters(given)

@@ -11,6 +11,7 @@ from accelerate.state import PartialState
 from transformers import TrainingArguments
 
 from lmppo.config import PPOConfig
+from lmppo.redaction import scrub
 
 # What TrainingArguments checks against the machine, or rewrites, when it is made: these settings are put in afterwards.
 _PUT_IN = ("output_dir", "bf16", "gradient_checkpointing")
@@ -27,9 +28,10 @@ def make_arguments(config: PPOConfig, accelerator: Accelerator, *, num_train_epo
         accelerator: The run's.
         num_train_epochs: Passes over the prompts that ``max_steps`` make.
     """
-    settings = {name: value for name, value in config.to_dict().items() if value is not None}
+    known = scrub(config.to_dict())  # callbacks of trackers send all of it
+    settings = {name: value for name, value in known.items() if value is not None}
     standard = {f.name for f in fields(TrainingArguments)}
-    own = {name: value for name, value in config.to_dict().items() if name not in standard}
+    own = {name: value for name, value in known.items() if name not in standard}
     own |= {} if "logging_dir" in standard else {"logging_dir": accelerator.logging_dir}
     cpu = accelerator.device.type == "cpu"
     arguments_class = make_dataclass(
@@ -51,5 +53,5 @@ def make_arguments(config: PPOConfig, accelerator: Accelerator, *, num_train_epo
     }
     arguments = arguments_class(**given)
     for name in _PUT_IN:
-        setattr(arguments, name, settings[name])
+        setattr(arguments, name, getattr(config, name))
     return arguments

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from lmppo.redaction import scrub
 from lmppo.run.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
@@ -19,8 +20,9 @@ from lmppo.run.export import old_of
 # Settings that may change when a run is resumed: they affect what is shown and kept, not what is learned.
 FREE_SETTINGS = {
     "output_dir", "max_steps", "resume_from_checkpoint", "use_cpu", "cpu_threads", "gradient_checkpointing",
-    "micro_batch_size", "logging_steps", "eval_steps", "eval_completions", "save_steps", "save_rollouts", "save_total_limit",
-    "log_completions", "report_to", "run_name", "disable_tqdm", "watch_funcs",
+    "trust_remote_code", "micro_batch_size", "sample_batch_size", "logging_steps", "eval_steps", "eval_completions",
+    "save_steps", "save_rollouts", "save_total_limit", "log_completions", "report_to", "run_name", "disable_tqdm",
+    "watch_funcs",
 }  # fmt: skip
 
 
@@ -98,7 +100,8 @@ def discard_unsaved(output_dir: str | Path) -> None:
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that affect what is learned and that differ: name -> (old, new)."""
+    """The settings that affect what is learned and that differ: name -> (old, new), without passwords and tokens."""
+    old, new = scrub(old), scrub(new)
     names = (set(old) | set(new)) - FREE_SETTINGS
     return {n: (old.get(n), new.get(n)) for n in sorted(names) if old.get(n) != new.get(n)}
 

@@ -23,6 +23,7 @@ from lmppo.models.lora_critic import HEAD
 from lmppo.models.names import state_of, uncompiled
 from lmppo.models.quantized import is_quantized
 from lmppo.protocols import Tokenizer
+from lmppo.redaction import scrub_files
 
 # What an export writes, by the beginnings of the names; the tokenizer's files are among what is replaced by name alone.
 _WEIGHTS = ("model", "adapter", "critic", "value_head")
@@ -135,6 +136,7 @@ def export_model(model: ActorCritic, directory: Path, tokenizer: Tokenizer, plan
         save_adapter(policy, directory / "adapter")
     save_critic(model, directory)
     tokenizer.save_pretrained(directory)
+    scrub_files(directory)
 
 
 def _write_whole_model(policy: Any, directory: Path) -> None:

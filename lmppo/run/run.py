@@ -14,6 +14,7 @@ from lmppo.launch import describe_environment
 from lmppo.models import ActorCritic
 from lmppo.models.lora_critic import LORA
 from lmppo.protocols import Stateful, Tokenizer
+from lmppo.redaction import scrub
 from lmppo.run import checkpoint as ckpt
 from lmppo.run.arguments import make_arguments
 from lmppo.run.best import (
@@ -80,7 +81,7 @@ class Run:
         self.optimizer = optimizer
         self.tokenizer = tokenizer
         self.stateful = stateful
-        self.settings = config.to_dict() | describe_model(model) | settings
+        self.settings = scrub(config.to_dict() | describe_model(model) | settings)
         self.export_plan = plan_export(model, tokenizer)
         self.directory = Path(config.output_dir)
         self.best = self.directory / "best"
@@ -140,7 +141,7 @@ class Run:
             self.control.should_training_stop = False
         if self.config.report_to:
             scalars = {k: v for k, v in self.settings.items() if isinstance(v, int | float | str | bool)}
-            self.accelerator.init_trackers(self.config.run_name, config=scalars)
+            self.accelerator.init_trackers(scrub(self.config.run_name), config=scalars)
         self.accelerator.wait_for_everyone()
 
     def _clean_directory(self) -> None:

@@ -51,6 +51,7 @@ class RunSettings(Settings):
         "Train only so many of the policy's top layers and what is above them; what the layers below compute of a rollout "
         "is computed once (default: train all).",
     )
+    trust_remote_code: bool = knob(False, "Run code that comes with a model or tokenizer, if loading needs it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class KLSettings(Settings):
         bias = _KL_BIAS.get(self.kl_form)
         if bias and self.kl_coef > 0:
             text = f"kl_form={self.kl_form!r} has a biased gradient: {bias} (arXiv 2510.01555)."
-            warnings.warn(f"{text} Unbiased: {', '.join(KL_FORMS[:3])}.", stacklevel=5)
+            warnings.warn(f"{text} Unbiased: {', '.join(KL_FORMS[:3])}.", stacklevel=6)
         yield (
             self.kl_target is not None and self.kl_coef == 0,
             f"kl_target={self.kl_target} adapts kl_coef by factors, and kl_coef=0 stays 0: start above 0.",

@@ -100,4 +100,4 @@ def critic_values(model: Any) -> Tensor:
     """``(N, T, K)`` of every state of every completion."""
     prompt = torch.full((len(MASK), 1), TOKENS.index(PROMPT))
     tokens = Tokens(prompt, torch.ones_like(prompt, dtype=torch.bool), COMPLETIONS.ids, MASK)
-    return model(tokens, ("values",))["values"]
+    return model.values(tokens)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from builders import metrics_rows, weights
 from safetensors.torch import load_file
-from worker import RUNS, build, train
+from worker import RUNS, SHARES, build, gradients, train
 
 from lmppo.run.checkpoint import checkpoint_dir, verify_checkpoint
 
@@ -103,6 +103,33 @@ def test_evaluation_goes_on_after_training(folders, name):
     assert theirs == pytest.approx(ours, abs=2e-4, rel=1e-3)
     row = metrics_rows(folders[1] / name)[-1]
     assert {n: row[n] for n in theirs} == theirs, "the last step was evaluated too"
+
+
+@pytest.fixture(scope="module")
+def gradient_folders(tmp_path_factory):
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    finished = launch(two, "gradients")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    gradients(one)
+    return one, two
+
+
+@pytest.mark.parametrize("name", ["shared", "separate", "untied", "head"])
+@pytest.mark.parametrize("share", SHARES)
+def test_the_gradient_is_that_of_one_process_however_unequal_the_shares(gradient_folders, name, share):
+    """Each process goes backward through its own groups, and through its own part of the logits, once."""
+    whole, parts = gradient_folders
+    one, notes = read(whole, f"{name}-{share}", 0)
+    (first, first_notes), (second, second_notes) = (read(parts, f"{name}-{share}", rank) for rank in (0, 1))
+    assert first_notes["groups"] != second_notes["groups"]
+    assert (min(first_notes["tokens"], second_notes["tokens"]) == 0) == ("nothing" in share)
+    heads = {n for n in one if "lm_head" in n}
+    assert bool(heads) == (name in ("untied", "head")) and all(one[n].any() for n in heads)
+    assert one.keys() == first.keys() == second.keys()
+    for n, gradient in one.items():
+        assert torch.equal(first[n], second[n]), n
+        torch.testing.assert_close(first[n], gradient, atol=2e-6, rtol=1e-4, msg=lambda m, n=n: f"{n}: {m}")
+    assert first_notes["stats"] == second_notes["stats"] == pytest.approx(notes["stats"], abs=1e-5, rel=1e-5)
 
 
 def test_in_the_warm_up_the_policy_stays_on_two_processes_too(folders):

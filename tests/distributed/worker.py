@@ -6,11 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from builders import PROMPTS, build_policy_arguments, count_a, make_trainer, supports, weights
+from builders import PROMPTS, VOCAB, build_policy_arguments, count_a, gpt2, make_trainer, supports, weights
+from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from lmppo.loss import Penalties
+from lmppo.prompts import pad_left
+from lmppo.records import GROUP_COST, Experience, Tokens
+from lmppo.support import Support
 from lmppo.trainer import PPOTrainer
+from lmppo.update import accumulate_gradients
 
 # One run for each way the gradients have to be brought together.
 RUNS = {
@@ -19,6 +25,8 @@ RUNS = {
     "lora": {"ent_coef": 0.05, "top_p": 0.9, "learning_rate": 3e-2, "kl_form": "k3_both"},
     "lora critic": {"critic_learning_rate": 2e-2, "gradient_checkpointing": True, "ent_coef": 0.05},
     "lora critic, warm-up": {"critic_warmup_steps": 1, "critic_epochs": 3, "num_layers_unfrozen": 1},
+    "untied": {"kl_form": "k2_loss", "truncation": "mask"},
+    "head": {"kl_form": "exact_both", "learning_rate": 3e-2},
     "warm-up": {"critic_warmup_steps": 1, "weight_decay": 0.1, "target_kl": 10.0, "kl_target": 0.05, "kl_horizon": 40},
     "kl-penalty": {
         "objective": "kl_penalty",
@@ -50,14 +58,20 @@ def note_lengths(prompts, completions, number, log_extra, log_metric, **kwargs):
     return [0.1 * len(c) if n % 2 else None for n, c in zip(number, completions, strict=True)]
 
 
+def arguments_of(name):
+    """The models: heads that are trained by themselves, or by an adapter, among others."""
+    adapter = LoraConfig(r=2, target_modules=["c_attn", "lm_head"], task_type="CAUSAL_LM")
+    if name in ("untied", "head"):
+        return {"model": gpt2(tie_word_embeddings=False), "peft_config": adapter if name == "head" else None}
+    if name.startswith("lora critic"):  # with a head that no value depends on; with top layers alone
+        top = replace(adapter, target_modules=["c_attn"], layers_to_transform=[1])
+        return {"critic": "lora", "peft_config": adapter if name == "lora critic" else top}
+    return build_policy_arguments(name if name in ("separate", "lora") else "shared")
+
+
 def build(output_dir, name) -> PPOTrainer:
-    kind = name if name in ("separate", "lora") else "lora critic" if name.startswith("lora critic") else "shared"
-    arguments = build_policy_arguments(kind)
-    if kind == "lora critic":  # a head that no value depends on, and top layers alone
-        part = {"target_modules": ["lm_head", "c_attn"]} if name == kind else {"layers_to_transform": [1]}
-        arguments["peft_config"] = replace(arguments["peft_config"], **part)
     data = [{"prompt": p, "number": i} for i, p in enumerate(PROMPTS)]
-    settings = COMMON | arguments | RUNS[name]
+    settings = COMMON | arguments_of(name) | RUNS[name]
     return make_trainer(output_dir, reward=[count_a, note_lengths], dataset=data, eval_dataset=data[:3], **settings)
 
 
@@ -90,6 +104,51 @@ def train(root, name):
     (root / f"{name}-{rank}.json").write_text(
         json.dumps({"texts": texts, "after": after, "processes": trainer.accelerator.num_processes})
     )
+
+
+# The lengths of prompts and completions: those of the even rows, which process 0 has, and of the odd rows.
+SHARES = {
+    "different numbers of groups": [[(1, 1), (3, 6), (9, 20), (30, 20)], [(5, 7)] * 4],
+    "nothing counts on one": [[(0, 0)] * 4, [(1, 1), (3, 6), (9, 20), (30, 20)]],
+}
+
+
+def shares_of(lengths):
+    """What may be learned from completions of such lengths; 0: a row of which nothing counts."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [pair for pairs in zip(*lengths, strict=True) for pair in pairs]
+    prompts = [torch.randint(1, VOCAB, (n or 4,), generator=generator).tolist() for n, _ in rows]
+    mask = torch.arange(20)[None] < torch.tensor([n for _, n in rows])[:, None]
+    ids = torch.randint(VOCAB, mask.shape, generator=generator)
+    numbers = [torch.randn(mask.shape, generator=generator) for _ in range(4)]
+    old, ref, advantages, returns = numbers[0] - 2.5, numbers[1] - 2.5, numbers[2], numbers[3][..., None]
+    return Experience(Tokens(*pad_left(prompts, 30), ids, mask), Support.of_all(*mask.shape), old, ref,
+                      torch.zeros_like(old), torch.zeros_like(returns), advantages, returns)  # fmt: skip
+
+
+def gradients(root):
+    """The gradients of one minibatch, which the processes share unequally; on every process."""
+    GROUP_COST["cpu"] = 1
+    for name in ("shared", "separate", "untied", "head"):
+        trainer = build(root / f"gradients-{name}", name)
+        penalties = Penalties(kl_coef=0.2 if trainer.args.kl_in_loss else 0.0, reference=trainer.reference)
+        world, generator = trainer.accelerator, torch.Generator().manual_seed(0)
+        for n, parameter in trainer.actor_critic.named_parameters():
+            if "lora_B" in n:  # 0 at first, and then lora_A has no gradient
+                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for share, lengths in SHARES.items():
+            experience = shares_of(lengths)
+            own = experience.rows(slice(world.process_index, None, world.num_processes))
+            n_groups = len(list(own.micro_batches(trainer.args.micro_batch_size)))
+            trainer.model.zero_grad()
+            stats = accumulate_gradients(trainer.model, experience, trainer.args, world, penalties)
+            found = {n: p.grad for n, p in trainer.actor_critic.named_parameters() if p.grad is not None}
+            save_file(
+                {n: g.clone() for n, g in found.items()}, root / f"{name}-{share}-{world.process_index}.safetensors"
+            )
+            notes = {"stats": stats, "groups": n_groups, "tokens": int(own.completion_mask.sum())}
+            (root / f"{name}-{share}-{world.process_index}.json").write_text(json.dumps(notes))
+    GROUP_COST["cpu"] = 128
 
 
 def fail(root):
@@ -159,7 +218,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     if sys.argv[2] != "train":
-        {"fail": fail, "ask": ask, "fail_in_callback": fail_in_callback}[sys.argv[2]](folder)
+        {"gradients": gradients, "fail": fail, "ask": ask, "fail_in_callback": fail_in_callback}[sys.argv[2]](folder)
     else:
         for run in RUNS:
             train(folder, run)
