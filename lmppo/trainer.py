@@ -74,6 +74,7 @@ class PPOTrainer:
         peft_config: Train a fresh adapter.
         ref_model: The reference, if it is not the policy as it is now.
         critic: None: the critic that another run has left beside ``model``, else a fresh value head on the policy's trunk.
+            ``"lora"``: an adapter of its own on the base of a policy with a LoRA adapter, with a value head.
             Otherwise a model or its name: a critic, a reward model or a language model, whose values start as the
             critic's, as the rewards, or at 0; a model that is given is copied.
         callbacks: transformers callbacks, or their classes.
