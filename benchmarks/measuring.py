@@ -67,6 +67,11 @@ def _status(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
+def default_threads() -> int:
+    """What ``OMP_NUM_THREADS`` says, else all cores of this process."""
+    return int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+
+
 class Recorder:
     """What one process measures of its iterations; made when the models are loaded.
 

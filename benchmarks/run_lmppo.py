@@ -1,18 +1,20 @@
-"""One job of lmppo, in a process of its own: `python benchmarks/run_lmppo.py '{"workload": {"layers": 4}}'`.
+"""One job of lmppo, in a process of its own: `python benchmarks/run_lmppo.py '{"work": {"layers": 4}}'`.
 
 Phases are told apart from outside: sampling ends when the reference is first run, and the reference's pass (with what
-a critic of its own, bfloat16 or `truncation` add to it) when the rewards are asked for.
+`truncation` adds to it) when the rewards are asked for. The values of a critic of its own are part of the sampling.
 """
 
 import dataclasses
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from measuring import Recorder
 from peft import LoraConfig
-from transformers import GPT2ForTokenClassification
+from transformers import GPT2ForTokenClassification, PreTrainedModel
 from workloads import (
     EOS,
     LEARNING_RATE,
@@ -26,7 +28,44 @@ from workloads import (
 
 from lmppo import PPOConfig, PPOTrainer
 
-LORA = LoraConfig(r=16, target_modules="all-linear", fan_in_fan_out=True, task_type="CAUSAL_LM")
+
+def lora_config(model: PreTrainedModel) -> LoraConfig:
+    """An adapter of rank 16 on every linear layer."""
+    conv1d = model.config.model_type == "gpt2"
+    return LoraConfig(r=16, target_modules="all-linear", fan_in_fan_out=conv1d, task_type="CAUSAL_LM")
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    work: Workload,
+    reward: Callable,
+    *,
+    iterations: int = 1,
+    settings: dict[str, Any] | None = None,
+    lora: bool = False,
+    **arguments: Any,
+) -> PPOTrainer:
+    """A trainer of the model on a workload; ``settings`` and ``arguments`` are further ones of lmppo."""
+    if not work.eos_probability:
+        model.generation_config.eos_token_id = None
+    sizes = dict.fromkeys(("rollout_batch_size", "minibatch_size", "micro_batch_size"), work.batch)
+    fixed = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": iterations,
+        "ppo_epochs": work.epochs,
+        "max_completion_length": work.length,
+        "learning_rate": LEARNING_RATE,
+        "disable_tqdm": True,
+    }
+    return PPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=PPOConfig(**(fixed | sizes | (settings or {}))),
+        train_dataset=[{"prompt": ids} for ids in make_prompts(work, iterations)],
+        processing_class=make_tokenizer(work, **({"eos_token": EOS} if work.eos_probability else {})),
+        peft_config=lora_config(model) if lora else None,
+        **arguments,
+    )
 
 
 class Measured:
@@ -48,46 +87,21 @@ class Measured:
         settings: dict[str, Any] | None = None,
         lora: bool = False,
     ) -> None:
-        self.work, self.iterations = work, iterations
-        model, critic = make_model(work), None
-        tokenizer = make_tokenizer(work, **({"eos_token": EOS} if work.eos_probability else {}))
-        if not work.eos_probability:
-            model.generation_config.eos_token_id = None
-        if work.critic:
-            shape = work.config
-            shape.num_labels = 1
-            critic = GPT2ForTokenClassification(shape)
-        settings = dict(settings or {})
+        self.work, self.iterations = work, 1 + iterations
+        settings = {"use_cpu": device == "cpu", **(settings or {})}
+        model = make_model(work).to(device)
         if work.unfrozen is not None and any(f.name == "num_layers_unfrozen" for f in dataclasses.fields(PPOConfig)):
             settings["num_layers_unfrozen"] = work.unfrozen
         else:
             freeze(model, work.unfrozen)
         self.recorder = Recorder(device)
         self.marks: dict[str, float] = {}
-        self.trainer = PPOTrainer(
-            model=model,
-            reward_funcs=self._reward,
-            args=self._config(device, settings),
-            train_dataset=[{"prompt": ids} for ids in make_prompts(work, 1 + iterations)],
-            processing_class=tokenizer,
-            critic=critic,
-            peft_config=LORA if lora else None,
+        arguments = {"critic": make_critic(work)} if work.critic else {}
+        self.trainer = make_trainer(
+            model, work, self._reward, iterations=self.iterations, settings=settings, lora=lora, **arguments
         )
         for module in self.trainer.reference.model.modules():
             module.register_forward_pre_hook(lambda *_: self._mark("sampled"))
-
-    def _config(self, device: str, settings: dict[str, Any]) -> PPOConfig:
-        sizes = dict.fromkeys(("rollout_batch_size", "minibatch_size", "micro_batch_size"), self.work.batch)
-        fixed = {
-            "output_dir": tempfile.mkdtemp(),
-            "max_steps": 1 + self.iterations,
-            "ppo_epochs": self.work.epochs,
-            "max_completion_length": self.work.length,
-            "learning_rate": LEARNING_RATE,
-            "use_cpu": device == "cpu",
-            "disable_tqdm": True,
-        }
-        return PPOConfig(**(fixed | sizes | settings))
 
     def _reward(self, prompts: list, completions: list, completion_ids: list, **_: Any) -> list[float]:
         self._mark("referred")
@@ -111,9 +125,17 @@ class Measured:
 
     def run(self) -> dict[str, Any]:
         """All iterations; returns the recorder's result."""
-        for _ in range(1 + self.iterations):
+        for _ in range(self.iterations):
             self.step()
         return self.recorder.result()
+
+
+def make_critic(work: Workload) -> PreTrainedModel:
+    """A critic of the policy's shape."""
+    torch.manual_seed(1)
+    config = work.config
+    config.num_labels = 1
+    return GPT2ForTokenClassification(config)
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ The first use makes a virtual environment for each version of trl. On a GPU, lmp
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 
 import yaml
 from environments import python_of
-from measuring import RESULTS, origin, run_job, spread, table, write
+from measuring import RESULTS, default_threads, origin, run_job, spread, table, write
 from workloads import WORKLOADS, Workload
 
 NAMES = {
@@ -108,14 +107,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each system on each workload")
     parser.add_argument("--iterations", type=int, default=3, help="iterations of a run, after one to warm up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: lmppo alone")
-    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="further settings of lmppo")
     parser.add_argument(
         "--venvs", type=Path, default=RESULTS / "venvs", help="where trl's environments are or are made"
     )
     parser.add_argument("--markdown", type=Path, help="the page whose tables are replaced")
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny models and lmppo alone, in this process: tries the script itself"
+        "--smoke", action="store_true", help="tiny models and lmppo alone, in this process: tries the script"
     )
     args = parser.parse_args(argv)
     args.settings = {name: yaml.safe_load(value) for name, value in (s.split("=", 1) for s in args.settings)}
