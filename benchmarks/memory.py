@@ -19,15 +19,15 @@ from measuring import GB, default_threads, origin, run_job, table, write
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
 from workloads import Workload
 
-BASE = Workload(layers=8, width=512, heads=8, vocab=16384, batch=32, prompt=(16, 16), length=48, epochs=1)
+BASE = Workload(layers=4, width=384, heads=6, vocab=8192, batch=16, prompt=(16, 16), length=48, epochs=1)
 SMOKE = {"layers": 1, "width": 16, "heads": 2, "vocab": 64, "batch": 4, "length": 4}
 # What differs from the base: of the workload, of the setting, and how many rows a micro-batch has.
 POINTS: dict[str, dict[str, Any]] = {
     "base": {},
-    "width 256": {"width": 256},
-    "16 layers": {"layers": 16},
-    "vocabulary 65536": {"vocab": 65536},
-    "micro_batch_size 8": {"micro_batch": 8},
+    "width 768": {"width": 768},
+    "8 layers": {"layers": 8},
+    "vocabulary 32768": {"vocab": 32768},
+    "micro_batch_size 4": {"micro_batch": 4},
     "completions of 112 tokens": {"length": 112},
     "a critic of its own": {"critic": True},
     "LoRA": {"lora": True},

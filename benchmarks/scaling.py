@@ -38,7 +38,7 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 def measure(field: str, value: int, args: argparse.Namespace) -> dict[str, Any]:
     """The result of one point; its memory is what the iteration needs beyond the loaded policy."""
-    work = dataclasses.replace(BASE, **(SMOKE if args.smoke else {}), **{field: value})
+    work = dataclasses.replace(BASE, **((SMOKE if args.smoke else {}) | {field: value}))
     print(f"{field} {value}", file=sys.stderr, flush=True)
     job = {"work": dataclasses.asdict(work), "iterations": args.iterations, "device": args.device}
     return run_job("lmppo", job, threads=args.threads, inline=args.smoke)
