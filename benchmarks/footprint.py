@@ -26,7 +26,7 @@ except ImportError:  # logits of a whole micro-batch at once
     LOGITS_BYTES = 2**62
 
 FLOAT = 4  # bytes
-LOGITS = 3  # the logits, their softmax, and their gradient
+LOGITS = 4  # tensors of the logits' size at once: the logits, what their log-probabilities keep, and two gradients
 DRAW = 24  # bytes for each token of the vocabulary while one is drawn: logits, probabilities, and their sums in float64
 
 
@@ -128,7 +128,9 @@ def kept_per_token(config: PretrainedConfig, setting: Setting) -> float:
 
 def saved_bytes(config: PretrainedConfig, setting: Setting, rows: int, length: int) -> int:
     """Bytes that autograd keeps of a step of one forward pass, over prompts and completions of the same length."""
-    AcceleratorState._reset_state()  # it keeps the precision of the first trainer of a process
+    shared = AcceleratorState._shared_state  # the precision of a process's first trainer, which this need not be
+    others = dict(shared)
+    shared.clear()
     work = Workload(vocab=config.vocab_size, batch=rows, prompt=(length, length), length=length, epochs=1)
     config.num_labels = 1
     critic = {"critic": AutoModelForTokenClassification.from_config(config)} if setting.critic else {}
@@ -149,5 +151,6 @@ def saved_bytes(config: PretrainedConfig, setting: Setting, rows: int, length: i
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         trainer.step()
-    AcceleratorState._reset_state()
+    shared.clear()
+    shared.update(others)
     return sum(t.untyped_storage().nbytes() for place, t in saved.items() if place not in weights)

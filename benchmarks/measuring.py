@@ -117,7 +117,13 @@ class Recorder:
 
 
 def run_job(
-    system: str, job: dict[str, Any], *, threads: int, python: str | Path = sys.executable, inline: bool = False
+    system: str,
+    job: dict[str, Any],
+    *,
+    threads: int,
+    python: str | Path = sys.executable,
+    inline: bool = False,
+    **environment: str,
 ) -> dict[str, Any]:
     """The result of a job in a process of its own, or the last line that it printed as ``error``.
 
@@ -127,11 +133,12 @@ def run_job(
         threads: CPU threads.
         python: The interpreter of the system's environment.
         inline: Run it in this process instead, where memory means nothing: to try the scripts.
+        **environment: Further environment variables.
     """
     if inline:
         return importlib.import_module(f"run_{system}").run(job)
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    env = os.environ | offline | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
+    env = os.environ | offline | environment | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
     command = [str(python), str(HERE / f"run_{system}.py"), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:

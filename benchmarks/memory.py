@@ -4,7 +4,8 @@ r"""Peak memory of an iteration: measured on small models, and computed for well
     python benchmarks/memory.py --only fits --markdown docs/memory.md
 
 Measured is what a process needs beyond its loaded policy: resident memory on a CPU, allocated memory on a GPU; each point is
-a process of its own. Beside it stands the formula of footprint.py, by which it is then computed which models fit where.
+a process of its own. On a CPU, the C library is told to give freed blocks back. Beside it stands the formula of
+footprint.py, by which it is then computed which models fit where.
 """
 
 import argparse
@@ -34,6 +35,7 @@ POINTS: dict[str, dict[str, Any]] = {
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "bf16": {"bf16": True},
 }
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # bytes; glibc would keep freed blocks of up to 32 MB
 TERMS = ("reference", "critic", "gradients", "optimizer", "activations", "logits", "rollout")
 
 
@@ -72,28 +74,29 @@ ROLLOUT = {"batch": 64, "prompt": 256, "length": 256}
 
 def measure(name: str, base: Workload, args: argparse.Namespace) -> dict[str, Any]:
     """A point's measured and computed gigabytes beyond the loaded policy."""
-    changes = dict(POINTS[name])
-    micro_batch = changes.pop("micro_batch", base.batch)
-    of_setting = {f.name: changes[f.name] for f in dataclasses.fields(Setting) if f.name in changes}
-    of_work = {f.name: changes[f.name] for f in dataclasses.fields(Workload) if f.name in changes}
-    work = dataclasses.replace(base, **of_work)
-    switches = {key: True for key in ("gradient_checkpointing", "bf16") if key in of_setting}
+    changes = {"micro_batch": base.batch} | POINTS[name]
+    work, setting = dataclasses.replace(base, **of(Workload, changes)), Setting(**of(Setting, changes))
+    micro_batch = changes["micro_batch"]
+    switches = {"gradient_checkpointing": setting.gradient_checkpointing, "bf16": setting.bf16}
     job = {
         "work": dataclasses.asdict(work),
         "iterations": 1,
         "device": args.device,
         "settings": {"micro_batch_size": micro_batch, **switches},
-        "lora": "lora" in of_setting,
+        "lora": setting.lora,
     }
     print(name, file=sys.stderr, flush=True)
-    result = run_job("lmppo", job, threads=args.threads, inline=args.smoke)
+    result = run_job("lmppo", job, threads=args.threads, inline=args.smoke, **GIVES_BACK)
     sizes = {"batch": work.batch, "micro_batch": micro_batch, "prompt": work.prompt[0], "length": work.length}
-    setting = Setting(**of_setting)
     terms = footprint(work.config, setting, kept_per_token(work.config, setting), **sizes)
-    computed = {key: value / GB for key, value in terms.items()}
-    beyond = (peak(terms) - terms["policy"]) / GB
     measured = {key: result[key] for key in ("peak_gb", "loaded_gb", "error") if key in result}
-    return measured | {"terms": computed, "computed_gb": beyond}
+    beyond = (peak(terms) - terms["policy"]) / GB
+    return measured | {"computed_gb": beyond, "terms": {key: value / GB for key, value in terms.items()}}
+
+
+def of(kind: type, changes: dict[str, Any]) -> dict[str, Any]:
+    """Those of the changes that are fields of a dataclass."""
+    return {field.name: changes[field.name] for field in dataclasses.fields(kind) if field.name in changes}
 
 
 def measured_table(points: dict[str, dict[str, Any]]) -> str:
