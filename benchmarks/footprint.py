@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from peft import get_peft_model
 from run_lmppo import lora_config, make_trainer
 from transformers import (
     AutoModel,
@@ -94,6 +93,8 @@ def parameters(config: PretrainedConfig, setting: Setting) -> dict[str, int]:
         policy: Any = AutoModelForCausalLM.from_config(config)
         trunk = AutoModel.from_config(config) if setting.critic else torch.nn.Module()
         if setting.lora:
+            from peft import get_peft_model
+
             policy = get_peft_model(policy, lora_config(policy))
     sizes = [(p.numel(), p.requires_grad) for p in policy.parameters()]
     return {

@@ -87,11 +87,13 @@ def measure(name: str, base: Workload, args: argparse.Namespace) -> dict[str, An
     }
     print(name, file=sys.stderr, flush=True)
     result = run_job("lmppo", job, threads=args.threads, inline=args.smoke, **GIVES_BACK)
+    if "error" in result:
+        return result
     sizes = {"batch": work.batch, "micro_batch": micro_batch, "prompt": work.prompt[0], "length": work.length}
     terms = footprint(work.config, setting, kept_per_token(work.config, setting), **sizes)
-    measured = {key: result[key] for key in ("peak_gb", "loaded_gb", "error") if key in result}
     beyond = (peak(terms) - terms["policy"]) / GB
-    return measured | {"computed_gb": beyond, "terms": {key: value / GB for key, value in terms.items()}}
+    computed = {"computed_gb": beyond, "terms": {key: value / GB for key, value in terms.items()}}
+    return {"peak_gb": result["peak_gb"], "loaded_gb": result["loaded_gb"]} | computed
 
 
 def of(kind: type, changes: dict[str, Any]) -> dict[str, Any]:

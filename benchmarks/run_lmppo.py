@@ -9,11 +9,10 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from measuring import Recorder
-from peft import LoraConfig
 from transformers import GPT2ForTokenClassification, PreTrainedModel
 from workloads import (
     EOS,
@@ -28,9 +27,14 @@ from workloads import (
 
 from lmppo import PPOConfig, PPOTrainer
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
-def lora_config(model: PreTrainedModel) -> LoraConfig:
+
+def lora_config(model: PreTrainedModel) -> "LoraConfig":
     """An adapter of rank 16 on every linear layer."""
+    from peft import LoraConfig  # the other workloads do without
+
     conv1d = model.config.model_type == "gpt2"
     return LoraConfig(r=16, target_modules="all-linear", fan_in_fan_out=conv1d, task_type="CAUSAL_LM")
 
