@@ -66,6 +66,9 @@ def footprint(
     activations = layers * kept
     if setting.gradient_checkpointing:  # each layer's input, and all that one layer keeps
         activations = kept + (1 + setting.critic) * layers * config.hidden_size * FLOAT
+    copies = 2 * (counts["policy"] + counts["critic"])
+    if setting.lora and setting.gradient_checkpointing:  # frozen weights are cast anew at each use
+        copies /= layers
     heads = config.num_attention_heads
     cached = 2 * layers * config.hidden_size * getattr(config, "num_key_value_heads", heads) / heads
     return {
@@ -77,7 +80,7 @@ def footprint(
         "rollout": batch * (tokens * cached * (2 if setting.bf16 else FLOAT) + DRAW * config.vocab_size),
         "activations": micro_batch * tokens * activations,
         "logits": LOGITS * min(FLOAT * micro_batch * length * config.vocab_size, LOGITS_BYTES),
-        "copies": 2 * (counts["policy"] + counts["critic"]) if setting.bf16 else 0,
+        "copies": copies if setting.bf16 else 0,
     }
 
 

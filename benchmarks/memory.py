@@ -34,6 +34,7 @@ POINTS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora": True},
     "gradient_checkpointing": {"gradient_checkpointing": True},
     "bf16": {"bf16": True},
+    "LoRA, gradient_checkpointing, bf16": {"lora": True, "gradient_checkpointing": True, "bf16": True},
 }
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # bytes; glibc would keep freed blocks of up to 32 MB
 TERMS = ("reference", "critic", "gradients", "optimizer", "activations", "logits", "rollout")
