@@ -18,14 +18,14 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from lmppo.collector import decode_completions
 from lmppo.metrics import distinct_n
-from lmppo.models import ActorCritic, Reference, score_tokens
+from lmppo.models import ActorCritic, Reference, load_weights, score_tokens
 from lmppo.plots import read_metrics
-from lmppo.prompts import cut_prompts, pad_left
+from lmppo.prompts import cut_prompts, load_tokenizer, pad_left
 from lmppo.sampling import EVALUATION, SamplingParams, sample, uniform_noise
+from lmppo.texts import decode_completions, decode_whole
 from reward_models import load
 from reward_models.sentiment.reviews import load_reviews
 
@@ -45,9 +45,9 @@ def launch(seed: int, output_dir: Path, flags: list[str]) -> float:
 @torch.no_grad()
 def complete(policy: str, prompts: list[list[int]], tokens: int, seed: int) -> tuple[list[str], dict]:
     """One completion per prompt: the texts, and sequence KL to the reference and distinct-2."""
-    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
-    reference = Reference(AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32))
-    model = ActorCritic(AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32))
+    tokenizer = load_tokenizer(REFERENCE)
+    reference = Reference(load_weights(AutoModelForCausalLM, REFERENCE))
+    model = ActorCritic(load_weights(AutoModelForCausalLM, policy))
     params = SamplingParams(tokens, eos_token_ids=(tokenizer.eos_token_id,))
     texts, kl, ids, masks = [], [], [], []
     for start in range(0, len(prompts), 256):
@@ -56,7 +56,7 @@ def complete(policy: str, prompts: list[list[int]], tokens: int, seed: int) -> t
         samples = sample(model, *pad_left(rows, max(map(len, rows))), noise, params)
         ref_logprobs = score_tokens(reference.logits, samples, 1.0, 64)
         kl += (samples.logprobs - ref_logprobs).sum(dim=1).tolist()
-        texts += decode_completions(tokenizer, samples.tokens)
+        texts += decode_completions(tokenizer, rows, samples.tokens.counted_ids())
         ids.append(samples.tokens.completion_ids)
         masks.append(samples.completion_mask)
     distinct = distinct_n(torch.cat(ids)[:512], torch.cat(masks)[:512], 2)
@@ -92,10 +92,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(REFERENCE)
+    tokenizer = load_tokenizer(REFERENCE)
     held_out = cut_prompts(load_reviews("evaluation"), tokenizer, 8)["prompt"][: args.prompts]
     held_out = [list(row) for row in held_out]
-    texts = tokenizer.batch_decode(held_out)
+    texts = decode_whole(tokenizer, held_out)
 
     best_prompts = [row for row in held_out[:128] for _ in range(64)]
     completions, _ = complete(REFERENCE, best_prompts, args.tokens, seed=1)

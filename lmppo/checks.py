@@ -54,7 +54,7 @@ def check_kl_zero(worst: float, tolerance: float) -> None:
 
     Args:
         worst: The largest |log-ratio of policy and reference + log of the kept mass| on a token; the kept mass is the
-            probability of the tokens that top-k, top-p and min-p leave, 1 without them.
+            probability of the tokens that could be sampled, 1 where all could.
         tolerance: The largest one allowed.
 
     Raises:
@@ -86,6 +86,25 @@ def check_logits(logits: Tensor, rows: Tensor) -> None:
     broken = rows[~logits.amax(dim=-1).isfinite()].tolist()
     if broken:
         raise NonFiniteError(f"The policy's logits are not finite in rows {broken[:8]} of this process's batch.")
+
+
+def check_choice(logits: Tensor, allowed: Tensor, rows: Tensor) -> None:
+    """Some token that may be sampled has a probability above 0.
+
+    Args:
+        logits: ``(B, V)``.
+        allowed: ``(B, V)`` True on the tokens that may be sampled.
+        rows: ``(B,)`` the numbers of those rows, for the message.
+
+    Raises:
+        NonFiniteError: Names the rows.
+    """
+    empty = rows[~(allowed & (logits > -math.inf)).any(dim=-1)].tolist()
+    if empty:
+        raise NonFiniteError(
+            f"No token can be sampled in rows {empty[:8]} of this process's batch: those that suppress_tokens, "
+            f"bad_words_ids and min_new_tokens leave have the logit -inf in the policy. Forbid fewer tokens."
+        )
 
 
 def check_reference(ref_logprobs: Tensor, kl: Tensor, completion_ids: Tensor) -> None:

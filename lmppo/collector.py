@@ -19,11 +19,12 @@ from lmppo.models import ActorCritic, Reference, compute_precision, score_tokens
 from lmppo.processes import raised_together
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
 from lmppo.protocols import Tokenizer
-from lmppo.records import Rollout, Samples, Tokens
+from lmppo.records import Rollout, Samples
 from lmppo.rewards import RewardSet, Scores
 from lmppo.sampling import ROLLOUT, SamplingParams, sample, uniform_noise
 from lmppo.settings import CollectorSettings
 from lmppo.support import Support
+from lmppo.texts import decode_completions
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ScoredRollout:
     Attributes:
         rollout: The record the math works on.
         prompts: The prompts, one per completion.
-        completions: The completions' texts.
+        completions: The completions' texts; of chat, the message's content.
         function_names: The names of the F reward functions.
         per_function: ``(B, F)`` each reward function's score, NaN where it did not apply.
         metrics: What reward functions logged with ``log_metric``, averaged over processes.
@@ -120,7 +121,8 @@ class Collector:
                 bootstrap_values = samples.values.new_zeros(len(samples), samples.values.shape[-1])
                 if learning:
                     bootstrap_values = self._bootstrap_values(samples)
-            scores = self._score(own_prompts, samples)
+            texts = completion_texts(self.tokenizer, own_prompts, samples.tokens.counted_ids())
+            scores = self._score(own_prompts, samples, texts)
         rollout = Rollout(
             tokens=samples.tokens,
             logprobs=samples.logprobs,
@@ -137,7 +139,7 @@ class Collector:
         return ScoredRollout(
             rollout=rollout,
             prompts=prompts.prompts,
-            completions=decode_completions(self.tokenizer, rollout.tokens),
+            completions=gather_object(texts) if self.accelerator.num_processes > 1 else texts,
             function_names=self.rewards.names,
             per_function=self.accelerator.gather(scores.per_function.to(self.accelerator.device)).cpu(),
             metrics=_average([scores.metrics], self.accelerator),
@@ -190,9 +192,8 @@ class Collector:
         n_kept, n_dropped = largest.amax(dim=0).tolist()
         return samples.support.compact(n_kept, n_dropped)
 
-    def _score(self, own_prompts: PromptBatch, samples: Samples) -> Scores:
+    def _score(self, own_prompts: PromptBatch, samples: Samples, texts: list[str]) -> Scores:
         """The scores of this process's rows."""
-        texts = decode_completions(self.tokenizer, samples.tokens)
         completions: list[str | list[dict[str, str]]] = [
             [{"role": "assistant", "content": text}] if is_conversational(prompt) else text
             for prompt, text in zip(own_prompts.prompts, texts, strict=True)
@@ -204,12 +205,25 @@ class Collector:
             own_prompts.columns,
             self.trainer_state,
             samples.completion_mask.shape[1],
+            samples.ended.tolist(),
         )
 
 
-def decode_completions(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:
-    """The counted tokens as text, special tokens left out."""
-    return tokenizer.batch_decode(tokens.counted_ids(), skip_special_tokens=True)
+def completion_texts(tokenizer: Tokenizer, prompts: PromptBatch, completion_ids: list[list[int]]) -> list[str]:
+    """The completions as people and reward functions read them, without special tokens.
+
+    After text, what the completion adds to it; after chat, the completion decoded alone, as trl does.
+
+    Args:
+        tokenizer: The policy's tokenizer.
+        prompts: Their prompts.
+        completion_ids: The tokens that count.
+    """
+    rows = list(zip(map(is_conversational, prompts.prompts), prompts.input_ids, completion_ids, strict=True))
+    written = [(prompt, completion) for is_chat, prompt, completion in rows if not is_chat]
+    texts = iter(decode_completions(tokenizer, [p for p, _ in written], [c for _, c in written]))
+    replies = iter(tokenizer.batch_decode([c for is_chat, _, c in rows if is_chat], skip_special_tokens=True))
+    return [next(replies if is_chat else texts) for is_chat, _, _ in rows]
 
 
 def gather_rows(rollout: Rollout, accelerator: Accelerator) -> Rollout:

@@ -159,7 +159,7 @@ class Control:
         return not self.warmup.over
 
     def check_target(self, support_cost: float) -> None:
-        """Warn of a ``kl_target`` that is below what top-k, top-p or min-p cost before the first step.
+        """Warn of a ``kl_target`` that is below what leaving out tokens costs before the first step.
 
         Args:
             support_cost: That part of ``kl_to_ref``, in nats per completion.
@@ -167,9 +167,9 @@ class Control:
         if isinstance(self.kl, AdaptiveKL) and self.kl.target < support_cost:
             warnings.warn(
                 f"kl_target={self.kl.target} is below {support_cost:.3g} nats per completion, which leaving out tokens "
-                f"(top_k, top_p, min_p) costs before the first step, when the policy is still the reference. No kl_coef "
-                f"brings kl_to_ref down to the target, and the controller would raise it forever: set kl_target above "
-                f"{support_cost:.3g}, or leave out fewer tokens.",
+                f"(top_k, top_p, min_p, min_new_tokens, suppress_tokens, bad_words_ids) costs before the first step, "
+                f"when the policy is still the reference. No kl_coef brings kl_to_ref down to the target, and the "
+                f"controller would raise it forever: set kl_target above {support_cost:.3g}, or leave out fewer tokens.",
                 stacklevel=2,
             )
 

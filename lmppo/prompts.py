@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import lmppo.pretrained as pretrained
 from lmppo.context import usable_context
 from lmppo.models import vocab_size_of
 from lmppo.protocols import Tokenizer
 from lmppo.rewards.protocol import REWARD_ARGUMENTS
 from lmppo.settings import SamplingSettings
+from lmppo.texts import decode_whole, warn_of_second_bos
 
 Prompt = str | list
 
@@ -28,7 +30,8 @@ class PromptBatch:
     """The prompts of one iteration, over all processes, each repeated ``num_generations`` times in a row.
 
     Attributes:
-        prompts: The prompt of each completion as in the data set (text or messages; token ids are decoded).
+        prompts: The prompt of each completion as in the data set (text or messages; token ids are decoded, without
+            special tokens).
         input_ids: The prompt's tokens, for each completion.
         columns: The data set's other columns, one value per completion.
     """
@@ -157,7 +160,7 @@ class PromptEncoder:
         else:
             ids = [int(token) for token in prompt]
             self._check(ids, where)
-            return self.tokenizer.decode(ids), ids
+            return decode_whole(self.tokenizer, [ids])[0], ids
         self._check(ids, where)
         return prompt, list(ids)
 
@@ -225,13 +228,14 @@ class PromptStream:
                 f"{name}: the data set is a {type(dataset).__name__}; expected a Dataset (one split of it), a list of "
                 f"rows, or an iterable of rows that can be restarted (an iterator or a generator cannot)."
             )
+        self._warned = False
         self._iterator: Iterator[Any] | None = None
         self._read = 0
         self._order, self._order_epoch = np.empty(0, dtype=np.int64), -1
         if self.is_map_style:
             if len(dataset) == 0:
                 raise ValueError(f"{name}: the data set is empty. Give it at least one row with a `prompt`.")
-            self._encoded = [encoder.encode(dataset[i], self._where(i)) for i in range(len(dataset))]
+            self._encoded = [self._encode(dataset[i], i) for i in range(len(dataset))]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -255,6 +259,13 @@ class PromptStream:
         """Continue after the number of prompts in ``state``."""
         self.drawn = int(state["drawn"])
         self._iterator = None
+
+    def _encode(self, row: Any, number: int) -> tuple[Prompt, list[int]]:
+        """The row's prompt and its tokens; warns of the data set's first prompt with two BOS tokens."""
+        where = self._where(number)
+        prompt, ids = self.encoder.encode(row, where)
+        self._warned = self._warned or warn_of_second_bos(self.encoder.tokenizer, ids, where)
+        return prompt, ids
 
     def _where(self, row: int) -> str:
         """How messages name a row."""
@@ -280,7 +291,7 @@ class PromptStream:
             for _ in range(position):
                 self._next_row()
         row = self._next_row()
-        return (row, *self.encoder.encode(row, self._where(position)))
+        return (row, *self._encode(row, position))
 
     def _next_row(self) -> Any:
         assert self._iterator is not None
@@ -338,16 +349,17 @@ def cut_prompts(dataset: Any, tokenizer: Tokenizer, prompt_tokens: int) -> Any:
     return dataset
 
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer that lies beside a model's weights.
 
     Raises:
+        UntrustedModelError: It needs code of its own, and ``trust_remote_code`` is not set.
         OSError: There is none.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        return pretrained.load_tokenizer(name_or_path, trust_remote_code=trust_remote_code)
+    except pretrained.UntrustedModelError:
+        raise
     except (OSError, ValueError) as error:
         raise OSError(
             f"No tokenizer could be loaded from {name_or_path!r}: it must be a directory or a Hub id that holds one. "

@@ -9,6 +9,9 @@ from torch import nn
 class Tokenizer(Protocol):
     """What lmppo uses of a tokenizer; every tokenizer of transformers has it."""
 
+    bos_token: str | None
+    bos_token_id: int | None
+    eos_token: str | None
     eos_token_id: int | None
     chat_template: Any
     model_max_length: int
@@ -29,8 +32,11 @@ class Tokenizer(Protocol):
     def batch_decode(self, sequences: list[list[int]], **kwargs: Any) -> list[str]:
         """The text of each row of token ids."""
 
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+    def convert_ids_to_tokens(self, ids: list[int], **kwargs: Any) -> list[str]:
         """Names of the tokens in the vocabulary."""
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        """The ids of tokens by their names."""
 
     def get_vocab(self) -> dict[str, int]:
         """The id of each token."""

@@ -62,7 +62,7 @@ class TokenRecord(Record):
 
     Attributes:
         tokens: The prompts and completions.
-        support: The tokens that could be sampled (top-k, top-p, min-p).
+        support: The tokens that could be sampled (top-k, top-p, min-p, forbidden tokens).
     """
 
     tokens: Tokens
@@ -126,7 +126,7 @@ class Rollout(TokenRecord):
 
     Attributes:
         tokens: The prompts and completions.
-        support: The tokens that could be sampled (top-k, top-p, min-p).
+        support: The tokens that could be sampled (top-k, top-p, min-p, forbidden tokens).
         logprobs: ``(B, T)`` of each token under the policy that sampled it.
         ref_logprobs: ``(B, T)`` under the reference, whose distribution is over all tokens, whatever the support.
         ref_support_logprobs: ``(B, T)`` log of the probability that the reference gives to the support; 0 where every
@@ -138,7 +138,7 @@ class Rollout(TokenRecord):
             ``kl_to_ref``.
         bootstrap_values: ``(B, K)`` the critic's value of the last state of a completion that was cut, with
             ``truncation='bootstrap'``; else 0.
-        ended: ``(B,)`` True where the completion ended with EOS, False where it was cut.
+        ended: ``(B,)`` True where the completion ended with EOS, a stop token or a stop string, False where it was cut.
         max_logit: ``(B,)`` the largest |logit| that the tokens of a row were sampled from, -inf left out.
     """
 
@@ -159,7 +159,7 @@ class Rollout(TokenRecord):
 
     @property
     def kl_of_support(self) -> Tensor:
-        """``(B, T)`` the part of the KL to the reference that top-k, top-p and min-p alone make, 0 or more.
+        """``(B, T)`` the part of the KL to the reference that leaving out tokens alone makes, 0 or more.
 
         It is minus the log of the reference's probability of the support: what is left of ``kl_to_ref`` before the
         first step, where the policy is the reference.

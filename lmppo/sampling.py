@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from lmppo.checks import check_logits
+from lmppo.checks import check_choice, check_logits
 from lmppo.functional import token_logprobs
 from lmppo.models import ActorCritic
 from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.records import Samples, Tokens
 from lmppo.settings import SamplingSettings
+from lmppo.stopping import Endings, StopStrings
 from lmppo.support import Support, pack
 
 # What a stream of noise is for; each purpose has its own numbers.
@@ -28,15 +29,18 @@ ROLLOUT, EVALUATION = 0, 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The distribution to sample: temperature first, then top-k, top-p and min-p as in transformers.
+    """The distribution to sample: forbidden tokens, then temperature, top-k, top-p and min-p, as in transformers.
 
     Attributes:
         max_completion_length: Most tokens of a completion.
-        eos_token_ids: A completion ends with any of these; empty: never.
+        eos_token_ids: A completion ends with any of these, the model's own and ``stop_token_ids``.
         temperature: Divides the logits.
         top_k: Keep the k likeliest tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens of this probability; 1 keeps all.
         min_p: Keep tokens of at least ``min_p`` times the likeliest one's probability; 0 keeps all.
+        min_new_tokens: None of ``eos_token_ids`` is among the first so many tokens.
+        suppress_tokens: Tokens that are never sampled, ``bad_words_ids`` included.
+        stop_strings: A completion ends with the token that completes any of these, at any length.
     """
 
     max_completion_length: int
@@ -45,23 +49,58 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    min_new_tokens: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    stop_strings: StopStrings | None = None
 
     @classmethod
     def of(cls, config: SamplingSettings, tokenizer: Tokenizer, policy: CausalLM) -> "SamplingParams":
-        """What the configuration asks for, ending at the model's (or else the tokenizer's) end-of-text tokens."""
+        """What the configuration asks for, ending also at the model's (or else the tokenizer's) end-of-text tokens."""
         eos = getattr(policy.generation_config, "eos_token_id", None)
         eos = tokenizer.eos_token_id if eos is None else eos
+        own = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        bad_words = [token for word in config.bad_words_ids or [] for token in word]
         return cls(
             max_completion_length=config.max_completion_length,
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_token_ids=(*own, *(config.stop_token_ids or [])),
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             min_p=config.min_p,
+            min_new_tokens=config.min_new_tokens or 0,
+            suppress_tokens=(*(config.suppress_tokens or []), *bad_words),
+            stop_strings=StopStrings(tuple(config.stop_strings), tokenizer) if config.stop_strings else None,
         )
 
-    def allowed(self, logits: Tensor) -> Tensor | None:
-        """``(B, V)`` True on the tokens that may be sampled; None if all may."""
+    @property
+    def warps(self) -> bool:
+        """Whether the tokens that may be sampled depend on the logits."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    def rules(self, vocab_size: int, device: torch.device | None = None) -> Tensor | None:
+        """``(2, V)`` True on the tokens not forbidden within ``min_new_tokens``, and after; None: none ever is."""
+        early = self.eos_token_ids if self.min_new_tokens else ()
+        if not self.suppress_tokens and not early:
+            return None
+        forbidden = torch.zeros(2, vocab_size, dtype=torch.bool)
+        for rows, ids in ((slice(2), self.suppress_tokens), (slice(1), early)):
+            forbidden[rows, [token for token in ids if token < vocab_size]] = True
+        return ~forbidden.to(device)
+
+    def rule_numbers(self) -> Tensor:
+        """``(T,)`` the row of :meth:`rules` that holds at each position."""
+        return (torch.arange(self.max_completion_length) >= self.min_new_tokens).long()
+
+    def allowed(self, logits: Tensor, rule: Tensor | None = None) -> Tensor | None:
+        """``(B, V)`` True on the tokens that may be sampled; None if all may.
+
+        Args:
+            logits: ``(B, V)``.
+            rule: ``(V,)`` True on the tokens that are not forbidden: one of :meth:`rules`.
+        """
+        if not self.warps:
+            return None if rule is None else rule.expand(logits.shape)
+        scores = logits.float() if rule is None else logits.float().masked_fill(~rule, float("-inf"))
         warpers = LogitsProcessorList()
         if self.top_k > 0:
             warpers.append(TopKLogitsWarper(min(self.top_k, logits.shape[-1])))
@@ -69,9 +108,7 @@ class SamplingParams:
             warpers.append(TopPLogitsWarper(self.top_p))
         if self.min_p > 0:
             warpers.append(MinPLogitsWarper(self.min_p))
-        if not warpers:
-            return None
-        return warpers(torch.empty(0), logits.float() / self.temperature) > float("-inf")
+        return warpers(torch.empty(0), scores / self.temperature) > float("-inf")
 
 
 def uniform_noise(seed: int, iteration: int, rows: range, n_time: int, *, purpose: int = ROLLOUT) -> Tensor:
@@ -150,7 +187,7 @@ def sample(
         :class:`lmppo.records.Samples`, ``T = params.max_completion_length``; 0 where the mask is False.
 
     Raises:
-        NonFiniteError: The policy's logits are NaN or infinite.
+        NonFiniteError: The policy's logits are NaN or infinite, or -inf for every token that may be sampled.
     """
     device, n_rows, n_time = prompt_ids.device, prompt_ids.shape[0], params.max_completion_length
     ids = torch.zeros(n_rows, n_time, dtype=torch.long, device=device)
@@ -159,28 +196,28 @@ def sample(
     state_values = torch.zeros(n_rows, n_time, model.n_streams, device=device)
     ended = torch.zeros(n_rows, dtype=torch.bool, device=device)
     max_logit = torch.zeros(n_rows, device=device)
-    support = Support.of_all(n_rows, n_time, device)
-    eos = torch.tensor(params.eos_token_ids, dtype=torch.long).to(device)
+    endings = Endings(prompt_ids, prompt_mask, params.eos_token_ids, params.stop_strings)
 
     uniforms = uniforms.to(device if has_float64(device) else "cpu")
     decoder = model.decoder(prompt_ids, prompt_mask)
+    rules, support = _supports(params, n_rows, decoder.logits)
     alive = torch.arange(n_rows, device=device)
     for t in range(n_time):
         logits = decoder.logits
         check_logits(logits, alive)
         max_logit[alive] = torch.maximum(max_logit[alive], _largest(logits))
-        allowed = params.allowed(logits)
+        allowed = params.allowed(logits, None if rules is None else rules[int(t >= params.min_new_tokens)])
+        if allowed is not None:
+            check_choice(logits, allowed, alive)
+            if params.warps:
+                support.entries[alive, t] = pack(allowed)
         token = draw(logits, allowed, uniforms[alive.to(uniforms.device), t], temperature=params.temperature)
         ids[alive, t] = token
         mask[alive, t] = True
         logprobs[alive, t] = token_logprobs(logits, token, temperature=params.temperature, support=allowed)
         if values and model.critic is None:
             state_values[alive, t] = model.values_of(decoder.hidden)
-        if allowed is not None:
-            if t == 0:
-                support = Support.of_bits(n_rows, n_time, allowed.shape[-1], device)
-            support.entries[alive, t] = pack(allowed)
-        finished = torch.isin(token, eos)
+        finished = endings.of(alive, token)
         ended[alive] = finished
         if t + 1 == n_time or bool(finished.all()):
             break
@@ -193,6 +230,17 @@ def sample(
     if values and model.critic is not None:
         state_values = torch.where(mask[..., None], model(tokens, ("values",))["values"], 0.0)
     return Samples(tokens, support, logprobs, state_values, ended, max_logit)
+
+
+def _supports(params: SamplingParams, n_rows: int, logits: Tensor) -> tuple[Tensor | None, Support]:
+    """The rules of what is forbidden, and the record of what could be sampled, to be filled in if it depends on logits."""
+    device, n_time, vocab_size = logits.device, params.max_completion_length, logits.shape[-1]
+    rules = params.rules(vocab_size, device)
+    if params.warps:
+        return rules, Support.of_bits(n_rows, n_time, vocab_size, device)
+    if rules is None:
+        return None, Support.of_all(n_rows, n_time, device)
+    return rules, Support.of_rules(n_rows, rules, params.rule_numbers().to(device))
 
 
 def _largest(logits: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from lmppo.redaction import scrubbed
+
 ESTIMATORS = ("gae", "rewards_to_go", "total_return", "immediate_rewards")
 BASELINES = ("none", "batch_mean", "leave_one_out", "critic", "auto")
 OBJECTIVES = ("clip", "kl_penalty", "importance_sampled", "policy_gradient", "trpo")
@@ -43,7 +45,7 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 1",
     ),
     ("eval_steps save_steps critic_epochs critic_warmup_epochs", lambda v: v >= 1, "at least 1, or none"),
-    ("cpu_threads", lambda v: v >= 0, "0 or more, or none"),
+    ("cpu_threads min_new_tokens", lambda v: v >= 0, "0 or more, or none"),
     ("seed top_k warmup_steps critic_warmup_steps log_completions save_rollouts", lambda v: v >= 0, "0 or more"),
     (
         "kl_coef vf_coef ent_coef weight_decay learning_rate truncation_penalty policy_kl_coef trpo_damping",
@@ -68,6 +70,15 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
 ]
 
 
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value, with all that a list holds, is of a kind; an int is a float too, a bool is no int."""
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, k) for k in get_args(kind))
+    if get_origin(kind) is list:
+        return type(value) is list and all(_is_a(v, get_args(kind)[0]) for v in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Some settings of a run, never written to after construction.
@@ -78,6 +89,7 @@ class Settings:
             remedy.
     """
 
+    @scrubbed
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
         own = {f.name for f in fields(self)}
@@ -97,10 +109,8 @@ class Settings:
 
     def _check_kind(self, name: str, kind: Any) -> None:
         value = getattr(self, name)
-        accepted = {get_origin(k) or k for k in (get_args(kind) if isinstance(kind, UnionType) else (kind,))}
-        accepted |= {int} if float in accepted else set()
-        accepted |= {bool} if name == "resume_from_checkpoint" else set()  # YAML's true
-        if type(value) not in accepted:
+        yaml_true = name == "resume_from_checkpoint" and type(value) is bool
+        if not (_is_a(value, kind) or yaml_true):
             expected = kind.__name__ if type(kind) is type else kind
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected {expected}.")
 

@@ -46,6 +46,7 @@ class RunSettings(Settings):
         False,
         "Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time.",
     )
+    trust_remote_code: bool = knob(False, "Run code that comes with a model or tokenizer, if loading needs it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,30 @@ class SamplingSettings(Settings):
     top_k: int = knob(0, "Sample only from the k most likely tokens (0: off).")
     top_p: float = knob(1.0, "Sample only from the smallest set of tokens with this total probability (1: off).")
     min_p: float = knob(0.0, "Sample only tokens at least min_p times as likely as the most likely one (0: off).")
+    min_new_tokens: int | None = knob(None, "Tokens of a completion before which EOS and stop_token_ids are forbidden.")
+    suppress_tokens: list[int] | None = knob(None, "Token ids that are never sampled.")
+    bad_words_ids: list[list[int]] | None = knob(None, "The same as lists of one token id each, as generate() has it.")
+    stop_token_ids: list[int] | None = knob(None, "Token ids that end a completion, in addition to the model's EOS.")
+    stop_strings: list[str] | None = knob(None, "Strings that end a completion, with the token that completes one.")
+
+    def contradictions(self) -> Contradictions:
+        """What cannot be forbidden, found or reached."""
+        words = [word for word in self.bad_words_ids or [] if len(word) != 1]
+        yield (
+            bool(words),
+            f"bad_words_ids has {', '.join(map(str, words))}: each word must be one token id. Whether a longer word is "
+            f"forbidden depends on the tokens before, which lmppo does not support: leave it out, or penalize it by a "
+            f"reward function.",
+        )
+        yield (
+            "" in (self.stop_strings or []),
+            "stop_strings has an empty string, which every text contains: leave it out.",
+        )
+        yield (
+            (self.min_new_tokens or 0) > self.max_completion_length,
+            f"min_new_tokens={self.min_new_tokens} is above max_completion_length={self.max_completion_length}: lower "
+            f"the one or raise the other.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +131,7 @@ class KLSettings(Settings):
         bias = _KL_BIAS.get(self.kl_form)
         if bias and self.kl_coef > 0:
             text = f"kl_form={self.kl_form!r} has a biased gradient: {bias} (arXiv 2510.01555)."
-            warnings.warn(f"{text} Unbiased: {', '.join(KL_FORMS[:3])}.", stacklevel=5)
+            warnings.warn(f"{text} Unbiased: {', '.join(KL_FORMS[:3])}.", stacklevel=6)
         yield (
             self.kl_target is not None and self.kl_coef == 0,
             f"kl_target={self.kl_target} adapts kl_coef by factors, and kl_coef=0 stays 0: start above 0.",
@@ -117,7 +142,9 @@ class KLSettings(Settings):
 class TruncationSettings(Settings):
     """What becomes of completions that were cut."""
 
-    truncation: str = knob("end", f"What becomes of a completion cut without EOS: {', '.join(TRUNCATIONS)}.")
+    truncation: str = knob(
+        "end", f"What becomes of a completion that was cut before its end: {', '.join(TRUNCATIONS)}."
+    )
     truncation_penalty: float = knob(1.0, "Taken from a cut completion's reward, with truncation='penalty'.")
 
 
@@ -251,14 +278,31 @@ class ReportingSettings(Settings):
 
     logging_steps: int = knob(1, "Report to trackers and print every so many iterations; metrics.jsonl has every one.")
     eval_steps: int | None = knob(None, "Iterations between evaluations on eval_dataset (default: no evaluation).")
-    eval_completions: int = knob(128, "Completions per evaluation, over all processes.")
+    eval_completions: int = knob(128, "Completions per evaluation and evaluation set, over all processes.")
+    metric_for_best_model: str | None = knob(
+        None, "Evaluation metric, with or without eval_, by which the best policy is kept in best/ (default: not kept)."
+    )
+    greater_is_better: bool | None = knob(
+        None, "Whether a larger metric_for_best_model is better (default: true, unless its name ends in loss)."
+    )
     save_steps: int | None = knob(None, "Iterations between checkpoints (default: only at the end).")
     save_rollouts: int = knob(0, "Completions saved with each checkpoint, for `lmppo explain`.")
     save_total_limit: int | None = knob(None, "Maximum number of checkpoints to keep, at least 2 (default: all).")
-    log_completions: int = knob(0, "Completions to print at every logged step, and to write to completions.jsonl.")
+    log_completions: int = knob(0, "Completions to show at every logged step: printed, in files and in trackers.")
     report_to: list[str] = knob([], "accelerate trackers to report to: tensorboard, wandb, trackio, ...")
     run_name: str = knob("lmppo", "Name of the run in the trackers.")
     disable_tqdm: bool = knob(False, "Disable the progress bar.")
+
+    def contradictions(self) -> Contradictions:
+        """What belongs to an evaluation metric."""
+        yield (
+            self.metric_for_best_model is not None and self.eval_steps is None,
+            f"metric_for_best_model={self.metric_for_best_model!r} needs evaluations: set eval_steps.",
+        )
+        yield (
+            self.greater_is_better is not None and self.metric_for_best_model is None,
+            f"greater_is_better={self.greater_is_better} says how to compare a metric: set metric_for_best_model.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Which tokens could be sampled at each position, with top-k, top-p and min-p, in little memory."""
+"""Which tokens could be sampled at each position, where some are left out, in little memory."""
 
 from dataclasses import dataclass
 
@@ -15,14 +15,17 @@ class Support(Record):
     Attributes:
         entries: ``(B, T, N)`` by ``form``: ``"all"``: nothing, N = 0 (the rule says it all); ``"kept"`` or
             ``"dropped"``: the ids of the tokens that could, or could not, be sampled, filled up with V; ``"bits"``: one
-            bit for each token of the vocabulary, eight to a byte, the lowest first.
+            bit for each token of the vocabulary, eight to a byte, the lowest first; ``"rules"``: N = 1, the row of
+            ``rules`` that holds there.
         form: How the support is stored.
         vocab_size: ``V``.
+        rules: ``(R, V)`` True on the tokens that could be sampled, where that depends on nothing but the position.
     """
 
     entries: Tensor = axes("B T N", torch.uint8, torch.int32)
     form: str = "all"
     vocab_size: int = 0
+    rules: Tensor | None = None
 
     @classmethod
     def of_all(cls, n_rows: int, n_time: int, device: torch.device | None = None) -> "Support":
@@ -35,12 +38,20 @@ class Support(Record):
         size = (n_rows, n_time, -(-vocab_size // 8))
         return cls(torch.full(size, 255, dtype=torch.uint8, device=device), "bits", vocab_size)
 
+    @classmethod
+    def of_rules(cls, n_rows: int, rules: Tensor, numbers: Tensor) -> "Support":
+        """The same for every row: ``rules (R, V)``, of which ``numbers (T,)`` tells the one at each position."""
+        entries = numbers.to(torch.uint8)[None, :, None].repeat(n_rows, 1, 1)
+        return cls(entries, "rules", rules.shape[-1], rules)
+
     def allowed(self) -> Tensor | None:
         """``(B, T, V)`` True on the tokens that could be sampled; None if all could. For a few rows at a time."""
         if self.form == "all":
             return None
         if self.form == "bits":
             return unpack(self.entries, self.vocab_size)
+        if self.rules is not None:
+            return self.rules[self.entries[..., 0].long()]
         listed = torch.zeros(*self.entries.shape[:2], self.vocab_size + 1, dtype=torch.bool, device=self.entries.device)
         listed = listed.scatter_(2, self.entries.long(), True)[..., :-1]
         return listed if self.form == "kept" else ~listed

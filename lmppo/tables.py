@@ -24,12 +24,18 @@ def print_completions(
     for name in ("prompt", "completion", *columns):
         table.add_column(name, overflow="fold")
     for i in range(min(rows, len(completions))):
-        prompt = prompts[i]
-        if not isinstance(prompt, str):
-            prompt = " ".join(str(message["content"]) for message in prompt)
-        cells = [_printable(prompt), _printable(completions[i]), *(_cell(column[i]) for column in columns.values())]
+        cells = [
+            _printable(prompt_text(prompts[i])),
+            _printable(completions[i]),
+            *(_cell(column[i]) for column in columns.values()),
+        ]
         table.add_row(*(Text(cell) for cell in cells))
     Console().print(table)
+
+
+def prompt_text(prompt: str | Sequence[Mapping]) -> str:
+    """A prompt as text: of chat messages, their contents."""
+    return prompt if isinstance(prompt, str) else " ".join(str(message["content"]) for message in prompt)
 
 
 def print_metrics(title: str, columns: Mapping[str, Mapping[str, float]]) -> None:

@@ -1,6 +1,9 @@
 """PPOTrainer: the short loop that joins prompts, rollout, estimator and update; every stage is public."""
 
+import math
+import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +21,7 @@ from lmppo.collector import Collector, ScoredRollout
 from lmppo.config import PPOConfig, RewardStream
 from lmppo.control import Control
 from lmppo.estimators import Estimate, estimate, shape_rewards
+from lmppo.evaluation import Evaluation
 from lmppo.explain import save_rollouts
 from lmppo.functional import approx_kl
 from lmppo.launch import make_accelerator
@@ -31,9 +35,11 @@ from lmppo.optimizer import make_optimizer, set_learning_rates
 from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
 from lmppo.protocols import Tokenizer
 from lmppo.records import Experience, Rollout
+from lmppo.redaction import scrubbed
 from lmppo.rewards import RewardSet, make_streams
 from lmppo.run import Callbacks, Run
-from lmppo.sampling import EVALUATION, SamplingParams
+from lmppo.sampling import SamplingParams
+from lmppo.sampling_checks import check_sampling, sampling_warnings
 from lmppo.trpo import trpo_update
 from lmppo.update import critic_epochs, critic_update, logprobs_now, ppo_update
 
@@ -60,7 +66,7 @@ class PPOTrainer:
         args: The configuration.
         train_dataset: Rows with a ``prompt`` (text, chat messages or token ids); the reward functions get the other
             columns.
-        eval_dataset: The same, for :meth:`evaluate`.
+        eval_dataset: The same, for :meth:`evaluate`; or several such sets by name, as a dict.
         processing_class: The policy's tokenizer; loaded from the model's name if not given.
         reward_processing_classes: Tokenizers of the reward models.
         peft_config: Train a fresh adapter.
@@ -78,8 +84,10 @@ class PPOTrainer:
         ValueError: The arguments do not fit together; the message names the culprit and the remedy.
         TypeError: An argument is of the wrong kind.
         OSError: A model or a tokenizer cannot be loaded.
+        UntrustedModelError: Its weights are pickled, or it needs code that ``trust_remote_code`` does not allow.
     """
 
+    @scrubbed
     def __init__(
         self,
         model: str | PreTrainedModel,
@@ -109,35 +117,33 @@ class PPOTrainer:
 
         # The models.
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
-        policy: Any = load_policy(model, peft_config).to(device)
+        trust = {"trust_remote_code": self.args.trust_remote_code}
+        policy: Any = load_policy(model, peft_config, **trust).to(device)
         check_trainable(policy, self.args.objective)
         origin = str(model) if isinstance(model, str | Path) else policy.config._name_or_path
         named = origin if (Path(origin) / "tokenizer_config.json").exists() else policy.config._name_or_path
-        self.processing_class = processing_class or load_tokenizer(named)  # an adapter may have none beside it
-        if isinstance(ref_model, str):
-            ref_model = load_policy(ref_model)
-        self.reference = Reference(policy, ref_model)
+        self.processing_class = processing_class or load_tokenizer(named, **trust)  # an adapter may have none beside it
+        given: Any = load_policy(ref_model, **trust) if isinstance(ref_model, str) else ref_model
+        self.reference = Reference(policy, given)
         self._kl_starts_at_zero = ref_model is None
         self._first_ratio_checked = False
 
         # The rewards.
         self.streams = make_streams(reward_funcs, reward_streams, self.args)
         self.rewards = RewardSet.from_streams(
-            self.streams, self.args.reward_weights, reward_processing_classes, device, watch_funcs
+            self.streams, self.args.reward_weights, reward_processing_classes, device, watch_funcs, **trust
         )
 
         # The critic, the prompts and the optimizer.
-        params = SamplingParams.of(self.args, self.processing_class, policy)
+        params = self._make_params(policy)
         actor_critic = make_actor_critic(
-            policy, critic, self.args, self.processing_class, n_streams=len(self.streams), origin=origin
+            policy, critic, self.args, self.processing_class, n_streams=len(self.streams), origin=origin, **trust
         )
         prepare_recomputation(actor_critic, self.args)
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
         self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
-        self.eval_prompts = None
-        if eval_dataset is not None:
-            self.eval_prompts = PromptStream(eval_dataset, encoder, shuffle=False, name="eval_dataset")
+        self.evaluation = Evaluation(eval_dataset, encoder)
         optimizer: Any = make_optimizer(actor_critic, self.args)
         self.model, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
 
@@ -147,8 +153,20 @@ class PPOTrainer:
         parts = (self.rewards, self.processing_class, params, self.args, self.accelerator, self.state)
         self.collector = Collector(self.model, self.reference, *parts)
         self.last_step: Step | None = None
+        self.run.fire("on_init_end")
+
+    def _make_params(self, policy: Any) -> SamplingParams:
+        params = SamplingParams.of(self.args, self.processing_class, policy)
+        check_sampling(params, self.args, policy)
+        for message in sampling_warnings(params, self.args, policy) if self.accelerator.is_main_process else ():
+            warnings.warn(message, stacklevel=4)  # the caller of the trainer, through scrubbed()
+        return params
 
     def _make_run(self, run_settings: dict[str, Any], callbacks: Callbacks | None) -> Run:
+        epochs = sys.maxsize  # of a stream, as transformers counts
+        if self.prompts.is_map_style:
+            drawn = self.args.max_steps * self.args.rollout_batch_size // self.args.num_generations
+            epochs = math.ceil(drawn / len(self.prompts.dataset))
         return Run(
             self.args,
             self.accelerator,
@@ -163,6 +181,8 @@ class PPOTrainer:
                 "run_settings": run_settings,
             },
             callbacks=callbacks,
+            num_train_epochs=epochs,
+            shown_to_callbacks={"train_dataloader": self.prompts, "eval_dataloader": None},
         )
 
     @property
@@ -175,6 +195,7 @@ class PPOTrainer:
         """The run's state: ``global_step`` counts the iterations done, ``log_history`` holds their metrics."""
         return self.run.state
 
+    @scrubbed
     def train(self, resume_from_checkpoint: str | bool | None = None) -> TrainerState:
         """Run PPO up to ``max_steps``, and write ``final/``.
 
@@ -191,20 +212,21 @@ class PPOTrainer:
                 f"Nothing to do: the run in {args.output_dir} is at step {state.global_step} already."
             )
             return state
+        if args.metric_for_best_model is not None and state.best_metric is None:
+            metrics = self.evaluation.metrics(self.sample_eval(), kl_coef=self.control.kl.coef)
+            run.check_best_metric(metrics)  # a wrong name is found out before any step
         saved = state.global_step
         run.fire("on_train_begin")
         hidden = args.disable_tqdm or not self.accelerator.is_main_process
         bar = tqdm(initial=state.global_step, total=args.max_steps, desc="PPO", disable=hidden)
         while state.global_step < args.max_steps and not run.control.should_training_stop:
-            run.fire("on_step_begin")
             row = self.step()
             bar.update()
             bar.set_postfix_str(
                 f"reward {row['reward']:.3f}, kl {row['kl_to_ref']:.2f}, ev {row['explained_variance']:.2f}, "
                 f"{row['tokens_per_second']:.0f} tok/s"
             )
-            run.fire("on_step_end")
-            if _is_due(args.save_steps, state.global_step) or run.control.should_save:
+            if run.control.should_save:
                 self.save_checkpoint()
                 saved = state.global_step
         bar.close()
@@ -217,6 +239,7 @@ class PPOTrainer:
 
     def step(self) -> dict[str, float]:
         """One PPO iteration; returns the row of metrics that it logged."""
+        self.run.fire("on_step_begin")
         args, iteration, started = self.args, self.state.global_step, time.perf_counter()
         lr, critic_lr = set_learning_rates(self.optimizer, iteration, args)
 
@@ -245,6 +268,7 @@ class PPOTrainer:
         row |= critic_metrics(rollout.values, estimated.returns, rollout.completion_mask)
         n_tokens, seconds = int(rollout.completion_mask.sum()), time.perf_counter() - started
         self.run.num_tokens += n_tokens
+        self.state.num_input_tokens_seen += n_tokens + int(rollout.tokens.prompt_mask.sum())
         row |= {"learning_rate": lr, "critic_learning_rate": critic_lr, "num_tokens": self.run.num_tokens}
         row |= {"tokens_per_second": n_tokens / seconds, "time/rollout": sampled - started}
         row |= {"time/update": seconds - (sampled - started)}
@@ -298,30 +322,42 @@ class PPOTrainer:
         return self.args.step_zero_tolerance or rounding_tolerance(largest, precision)
 
     def _finish_step(self, row: dict[str, float], scored: ScoredRollout) -> dict[str, float]:
-        """Count the iteration, evaluate if it is time, and log."""
+        """Count the iteration, ask the callbacks, evaluate and log."""
         self.state.global_step += 1
         if self.prompts.is_map_style:
             self.state.epoch = row["epoch"] = self.prompts.drawn / len(self.prompts.dataset)
-        if _is_due(self.args.eval_steps, self.state.global_step):
-            row |= self.evaluate()
         row = {"step": self.state.global_step, **row}
+        self.run.end_step()
+        if self.run.control.should_evaluate:
+            row |= self._evaluate_step()
         self.run.log(row, scored)
+        if self.run.control.should_evaluate:  # asked for in on_log
+            late = self._evaluate_step()
+            row |= late
+            self.accelerator.log(late, step=self.state.global_step)
+        self.run.write_row(row)
         return row
 
-    def sample_eval(self) -> ScoredRollout:
+    def _evaluate_step(self) -> dict[str, float]:
+        """An evaluation in the course of training, which may be the best one."""
+        metrics = self.evaluate()
+        self.run.keep_best(metrics)
+        return metrics
+
+    def sample_eval(self) -> ScoredRollout | dict[str, ScoredRollout]:
         """``eval_completions`` scored completions of ``eval_dataset``; the same prompts and noise at every call.
+
+        Of several evaluation sets, as many of each, by their names.
 
         Raises:
             ValueError: There is no eval_dataset.
         """
-        if self.eval_prompts is None:
-            raise ValueError("Evaluation needs an eval_dataset.")
-        self.eval_prompts.load_state_dict({"drawn": 0})
-        prompts = self.eval_prompts.next_batch(self.args.eval_completions)
-        return self.collector.collect(prompts, 0, purpose=EVALUATION)
+        return self.evaluation.sample(self.collector, self.args.eval_completions)
 
-    def evaluate(self, scored: ScoredRollout | None = None) -> dict[str, float]:
+    def evaluate(self, scored: ScoredRollout | dict[str, ScoredRollout] | None = None) -> dict[str, float]:
         """Reward, KL to the reference, length, EOS rate and diversity on ``eval_dataset``, as ``eval_*``.
+
+        Of several evaluation sets, as ``eval_{name}_*``, with one ``on_evaluate`` of the callbacks for each.
 
         Args:
             scored: What :meth:`sample_eval` gave, if it is at hand.
@@ -330,10 +366,8 @@ class PPOTrainer:
             ValueError: There is no eval_dataset.
         """
         scored = self.sample_eval() if scored is None else scored
-        metrics = rollout_metrics(scored, kl_coef=self.control.kl.coef)
-        metrics = {f"eval_{name}": value for name, value in metrics.items()}
-        self.run.fire("on_evaluate", metrics=metrics)
-        return metrics
+        tell = partial(self.run.fire, "on_evaluate")
+        return self.evaluation.metrics(scored, kl_coef=self.control.kl.coef, tell=tell)
 
     def save_model(self, output_dir: str | Path) -> None:
         """Write the policy as a plain Hugging Face model with its tokenizer, and the critic beside it.
@@ -357,7 +391,3 @@ class PPOTrainer:
         new = logprobs_now(self.model, self.last_step.experience, self.args, self.accelerator)
         keep = partial(save_rollouts, new_logprobs=new, config=self.args, tokenizer=self.processing_class)
         return partial(keep, rows=self.args.save_rollouts, streams=self.streams, **vars(self.last_step))
-
-
-def _is_due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0

@@ -8,11 +8,13 @@ Models, data sets and rewards can be given on the command line by path or Hub id
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from trl import TrlParser
 
 from lmppo import PPOConfig
+from lmppo.redaction import scrubbed, scrubbed_stderr
 
 
 @dataclass
@@ -53,20 +55,16 @@ def make_peft_config(recipe: RecipeArguments) -> Any:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=recipe.lora_r,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=0.0,
-        target_modules=recipe.lora_target_modules or "all-linear",
-    )
+    sizes: dict[str, Any] = {"r": recipe.lora_r, "lora_alpha": recipe.lora_alpha, "lora_dropout": 0.0}
+    return LoraConfig(task_type="CAUSAL_LM", target_modules=recipe.lora_target_modules or "all-linear", **sizes)
 
 
-def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
+def make_rewards(recipe: RecipeArguments, trust_remote_code: bool = False) -> dict[str, Any]:
     """The trainer's reward functions or streams, and what watches beside them, their names looked up."""
+    import reward_models
     from lmppo.rewards import as_streams
-    from reward_models import load
 
+    load = partial(reward_models.load, trust_remote_code=trust_remote_code)
     streams = None if recipe.reward_streams is None else as_streams(recipe.reward_streams)
     rewarding = [*(recipe.reward_funcs or []), *(spec for s in streams or [] for spec in s.reward_funcs)]
     watching = [load(spec) for spec in recipe.watch_funcs or [] if spec not in rewarding]
@@ -76,11 +74,13 @@ def make_rewards(recipe: RecipeArguments) -> dict[str, Any]:
     return {"reward_streams": streams, "reward_funcs": recipe.reward_funcs, "watch_funcs": watching}
 
 
+@scrubbed
 def main() -> None:
     """Train, show what changed on held-out prompts, and draw the curves."""
     started = time.perf_counter()
     parser = TrlParser((RecipeArguments, PPOConfig), epilog="--config FILE reads these from YAML; flags override it.")
-    recipe, args = parser.parse_args_and_config()
+    with scrubbed_stderr():
+        recipe, args = parser.parse_args_and_config()
 
     from before_and_after import show_change
     from prompt_data import load_prompts
@@ -91,12 +91,12 @@ def main() -> None:
     from lmppo.prompts import load_tokenizer
 
     disable_progress_bar()
-    tokenizer = load_tokenizer(recipe.model_name_or_path)
+    tokenizer = load_tokenizer(recipe.model_name_or_path, trust_remote_code=args.trust_remote_code)
     train_prompts, held_out_prompts = load_prompts(recipe.dataset_name, tokenizer, recipe.prompt_tokens)
     trainer = PPOTrainer(
         model=recipe.model_name_or_path,
         args=args,
-        **make_rewards(recipe),
+        **make_rewards(recipe, args.trust_remote_code),
         train_dataset=train_prompts,
         eval_dataset=held_out_prompts,
         processing_class=tokenizer,

@@ -6,11 +6,13 @@ from typing import Any
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from lmppo.prompts import check_prompt, cut_prompts
+from lmppo.redaction import scrubbed
 from reward_models.sentiment.reviews import load_reviews
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
+@scrubbed
 def load_prompts(name: str, tokenizer: Any, prompt_tokens: int) -> tuple[Dataset, Dataset]:
     """Training and held-out prompts.
 

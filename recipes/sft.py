@@ -16,6 +16,8 @@ from datasets import Dataset
 from tiny_gpt2 import build_model, publish, train_tokenizer
 from trl import SFTConfig, SFTTrainer, TrlParser
 
+from lmppo.pretrained import check_template_path
+from lmppo.redaction import scrubbed, scrubbed_stderr
 from reward_models.sentiment.reviews import load_reviews
 
 
@@ -31,9 +33,12 @@ class TinyGPT2Arguments:
     eval_reviews: int = field(default=400, metadata={"help": "Held-out reviews to score in bits per byte."})
 
 
+@scrubbed
 def main() -> None:
     """Train the tokenizer and the model, score both, and write them to ``--output_dir``."""
-    arguments, args = TrlParser((TinyGPT2Arguments, SFTConfig)).parse_args_and_config()
+    with scrubbed_stderr():
+        arguments, args = TrlParser((TinyGPT2Arguments, SFTConfig)).parse_args_and_config()
+    check_template_path(args.chat_template_path)
     torch.manual_seed(args.seed)
     texts = load_reviews("sft")["text"]
     held_out = load_reviews("evaluation")["text"][: arguments.eval_reviews]

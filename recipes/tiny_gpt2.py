@@ -10,6 +10,9 @@ from model_card import model_card
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from lmppo.pretrained import load_pretrained, load_tokenizer
+from lmppo.texts import decode_whole
+
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_PROMPTS = ("This movie", "The acting was", "I watched this with my family and", "One of the")
 
@@ -82,7 +85,7 @@ def show_samples(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, n_t
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=n_tokens, pad_token_id=0
         )
-        texts.append(tokenizer.decode(out[0], skip_special_tokens=True))
+        texts += decode_whole(tokenizer, out.tolist())
     return texts
 
 
@@ -98,11 +101,11 @@ def publish(directory: str, report: dict[str, Any], held_out: list[str], block: 
     Returns:
         The report with the scores and samples.
     """
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    model = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = load_tokenizer(directory)
+    model = load_pretrained(GPT2LMHeadModel, directory, dtype=torch.float32)
     report = report | {"bits_per_byte_32_bit": round(bits_per_byte(model, tokenizer, held_out, block), 4)}
     model.half().save_pretrained(directory)
-    model = GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32)
+    model = load_pretrained(GPT2LMHeadModel, directory, dtype=torch.float32)
     torch.manual_seed(0)
     report |= {
         "held_out_reviews": len(held_out),

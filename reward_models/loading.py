@@ -9,18 +9,22 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl
 
+from lmppo.redaction import scrubbed
 from lmppo.rewards import RewardFn
 
 FORMS = "lexicon, classifier:<path or id>, toy:<name>=<number>, package.module:function or path/to/file.py:function"
 
 
-def load(spec: str) -> RewardFn:
+@scrubbed
+def load(spec: str, *, trust_remote_code: bool = False) -> RewardFn:
     """The reward function a name stands for; the forms are listed in :mod:`reward_models`.
 
     Args:
         spec: The name. ``lexicon``, ``classifier:`` and ``toy:`` win over modules of the same names.
+        trust_remote_code: Whether code that comes with a classifier may run.
 
     Raises:
+        UntrustedModelError: A classifier's weights are pickled, or it needs code that is not trusted.
         ValueError: The name has none of the forms, or what it names does not exist; the message lists what does.
         TypeError: What it names cannot be called.
     """
@@ -30,7 +34,7 @@ def load(spec: str) -> RewardFn:
 
         return lexicon
     if kind == "classifier":
-        return _classifier(rest, spec)
+        return _classifier(rest, spec, trust_remote_code)
     if kind == "toy":
         from reward_models import toy
 
@@ -42,18 +46,27 @@ def load(spec: str) -> RewardFn:
     return _function(module, name, spec)
 
 
-def _classifier(rest: str, spec: str) -> RewardFn:
+def _classifier(rest: str, spec: str, trust_remote_code: bool) -> RewardFn:
     from lmppo.rewards import ClassifierReward
 
     model, _, query = rest.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
-    unknown = set(options) - {"output", "label"}
-    if not model or unknown:
-        raise ValueError(f"the reward {spec!r} must read classifier:<path or id>[?output=...&label=...].")
+    unknown = set(options) - {"output", "label", "append_eos"}
+    append_eos = {"true": True, "false": False, None: None}
+    if not model or unknown or options.get("append_eos") not in append_eos:
+        raise ValueError(
+            f"the reward {spec!r} must read classifier:<path or id>[?output=...&label=...&append_eos=true or false]."
+        )
     shipped = Path(__file__).parent / model
     if not Path(model).exists() and (shipped / "config.json").exists():
         model = str(shipped)
-    return ClassifierReward(model, output=options.get("output", "log_odds"), label=options.get("label"))
+    return ClassifierReward(
+        model,
+        output=options.get("output", "log_odds"),
+        label=options.get("label"),
+        append_eos=append_eos[options.get("append_eos")],
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _imported(name: str, spec: str) -> ModuleType:

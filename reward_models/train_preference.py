@@ -11,9 +11,13 @@ sequence classifier with one label, whose logit is the reward: pass its director
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset
+from transformers import AutoModelForSequenceClassification, set_seed
 from trl import RewardConfig, RewardTrainer, TrlParser
 
+from lmppo.pretrained import check_template_path, load_pretrained, load_tokenizer
+from lmppo.redaction import scrub_files, scrubbed, scrubbed_stderr
 from reward_models.sentiment.passages import labeled_passages
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -45,6 +49,7 @@ class PreferenceArguments:
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
 
 
+@scrubbed
 def load_pairs(name: str, split: str, seed: int) -> Dataset:
     """Preference pairs, with the columns ``chosen`` and ``rejected`` and perhaps ``prompt``.
 
@@ -79,18 +84,27 @@ def pair_passages(passages: Dataset) -> Dataset:
     return Dataset.from_dict({"chosen": positive[:n_pairs], "rejected": negative[:n_pairs]})
 
 
+@scrubbed
 def main(argv: list[str] | None = None) -> None:
     """Train on the pairs and save model and tokenizer to ``--output_dir``."""
     parser = TrlParser((PreferenceArguments, RewardConfig))
     parser.set_defaults_with_config(**DEFAULTS)
-    arguments, args = parser.parse_args_and_config(argv)
+    with scrubbed_stderr():
+        arguments, args = parser.parse_args_and_config(argv)
+    check_template_path(args.chat_template_path)
+    if args.model_init_kwargs:
+        raise ValueError("model_init_kwargs has no effect here: the model is loaded in float32, with one label.")
+    set_seed(args.seed)  # the head starts from random numbers
+    name, trust = arguments.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
     trainer = RewardTrainer(
-        model=arguments.model_name_or_path,
+        model=load_pretrained(AutoModelForSequenceClassification, name, num_labels=1, dtype=torch.float32, **trust),
         args=args,
         train_dataset=load_pairs(arguments.dataset_name, arguments.dataset_split, args.seed),
+        processing_class=load_tokenizer(name, **trust),
     )
     trainer.train()
     trainer.save_model(args.output_dir)
+    scrub_files(Path(args.output_dir))
 
 
 if __name__ == "__main__":

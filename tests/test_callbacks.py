@@ -36,10 +36,10 @@ def test_callbacks_are_fired_in_order(tmp_path):
     recorder = Recorder()
     trained(tmp_path, callbacks=[recorder], eval_steps=2, eval_dataset=["a"], save_steps=2, max_steps=3)
     assert recorder.events == [
-        ("train_begin", 0),
-        ("step_begin", 0), ("log", 1), ("step_end", 1),
-        ("step_begin", 1), ("evaluate", 2), ("log", 2), ("step_end", 2), ("save", 2),
-        ("step_begin", 2), ("log", 3), ("step_end", 3),
+        ("init_end", 0), ("train_begin", 0),
+        ("step_begin", 0), ("step_end", 1), ("log", 1),
+        ("step_begin", 1), ("step_end", 2), ("evaluate", 2), ("log", 2), ("save", 2),
+        ("step_begin", 2), ("step_end", 3), ("log", 3),
         ("save", 3),
         ("train_end", 3),
     ]  # fmt: skip

@@ -70,7 +70,7 @@ def test_the_layout(trained):
     assert folder.name == "step-000002"
     names = {path.name for path in folder.iterdir()}
     critic = "critic" if kind == "separate" else "value_head.safetensors"
-    assert names == {"policy", critic, "optimizer.safetensors", "state.json", "MANIFEST.json"}
+    assert names == {"policy", critic, "optimizer.safetensors", "state.json", "trainer_state.json", "MANIFEST.json"}
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert suffixes <= {".safetensors", ".json", ".md", ".jinja"}, "nothing that could run code when it is loaded"
     weights_file = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"

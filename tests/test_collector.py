@@ -20,10 +20,10 @@ from builders import (
 from fakes import letter_tokenizer
 from test_prompts import CHAT_TEMPLATE
 
-from lmppo.collector import decode_completions, local_rows
+from lmppo.collector import completion_texts, local_rows
 from lmppo.config import KL_FORMS
 from lmppo.models import ActorCritic, Reference, score_tokens
-from lmppo.records import Tokens
+from lmppo.prompts import PromptBatch
 
 ROUNDING = {"atol": 5e-6, "rtol": 1e-5}  # float32, other matrix shapes
 
@@ -254,9 +254,9 @@ def test_nothing_in_the_record_carries_a_gradient(tmp_path):
     assert len(seen) == 14 and not any(seen)
 
 
-def test_completions_are_decoded_from_counted_tokens_only():
-    ids, mask = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]]), torch.tensor([[True, True, False, False], [True] * 4])
-    assert decode_completions(letter_tokenizer(), Tokens(ids[:, :1], mask[:, :1], ids, mask)) == ["ab", "defg"]
+def test_text_and_chat_may_stand_side_by_side():
+    prompts = PromptBatch(["a", [{"role": "user", "content": "b"}], "c"], [[1], [2], [3]], {})
+    assert completion_texts(letter_tokenizer(), prompts, [[4, 5], [6, 0], [7]]) == ["de", "f", "g"]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -274,3 +274,15 @@ def test_trainer_state_counts_the_steps(tmp_path):
 
     make_trainer(tmp_path, reward=reward, max_steps=3).train()
     assert steps == [0, 1, 2]
+
+
+def test_functions_that_ask_learn_which_completions_ended(tmp_path):
+    seen = []
+
+    def reward(completions, completion_ids, completion_ended, **kwargs):
+        seen.extend(zip(completion_ids, completion_ended, strict=True))
+        return [0.0] * len(completions)
+
+    collect(make_trainer(tmp_path, reward=reward))
+    assert {ended for _, ended in seen} == {True, False}
+    assert all(ended == (ids[-1] == 0) and (ended or len(ids) == 8) for ids, ended in seen)

@@ -32,6 +32,7 @@ BAD = {
     "top_k": (-1,),
     "top_p": (0.0, 1.01, NAN),
     "min_p": UNIT,
+    "min_new_tokens": (-1, 49),  # above max_completion_length=48
     "kl_coef": RATE,
     "kl_target": POSITIVE,
     "kl_horizon": COUNT,
@@ -83,9 +84,12 @@ BAD = {
     "save_total_limit": (0, 1),
     "log_completions": (-1,),
 }
-# Any text, any list and any bool is acceptable; reward_weights are checked with the reward functions they belong to.
+# Any text, any list and any bool is acceptable; reward_weights are checked with the reward functions they belong to, token
+# ids with the model's vocabulary.
 FREE = {"output_dir", "resume_from_checkpoint", "use_cpu", "bf16", "gradient_checkpointing", "shuffle_dataset",
-        "whiten_advantages", "reward_weights", "report_to", "run_name", "disable_tqdm"}  # fmt: skip
+        "trust_remote_code", "whiten_advantages", "reward_weights", "report_to", "run_name", "disable_tqdm",
+        "suppress_tokens", "bad_words_ids", "stop_token_ids", "stop_strings",
+        "metric_for_best_model", "greater_is_better"}  # fmt: skip
 FIELDS = {f.name: f for f in dataclasses.fields(PPOConfig) if f.name not in REPLACED}
 
 
@@ -115,8 +119,12 @@ def test_a_value_of_the_wrong_kind_is_refused_with_its_name():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"learning_rate": "1e-5"}, {"max_steps": 10.0}, {"seed": True}, {"report_to": "wandb"}, {"gamma": None}],
-)
+    [
+        {"learning_rate": "1e-5"}, {"max_steps": 10.0}, {"seed": True}, {"report_to": "wandb"}, {"gamma": None},
+        {"suppress_tokens": ["a"]}, {"stop_token_ids": [1.0]}, {"stop_token_ids": 5}, {"stop_strings": "end"},
+        {"stop_strings": [False]}, {"reward_weights": [True]}, {"bad_words_ids": [3]}, {"bad_words_ids": ["word"]},
+    ],
+)  # fmt: skip
 def test_text_is_no_number_and_a_bool_is_no_count(settings):
     with pytest.raises(TypeError, match=next(iter(settings))):
         PPOConfig(**settings)
@@ -159,8 +167,13 @@ CONTRADICTIONS = [
     ),
     ({"critic_warmup_epochs": 2}, "critic_warmup_epochs and critic_warmup_explained_variance need"),
     ({"critic_warmup_explained_variance": 0.3}, "critic_warmup_epochs and critic_warmup_explained_variance need"),
+    ({"metric_for_best_model": "reward"}, "metric_for_best_model='reward' needs evaluations: set eval_steps"),
+    ({"greater_is_better": False}, "greater_is_better=False says how to compare a metric: set metric_for_best_model"),
     ({"kl_target": 6.0, "kl_coef": 0.0}, "kl_target=6.0 adapts kl_coef by factors"),
     ({"dual_clip": 3.0, "objective": "kl_penalty"}, "dual_clip belongs to objective='clip'"),
+    ({"bad_words_ids": [[3], [4, 5], []]}, r"bad_words_ids has \[4, 5\], \[\]: each word must be one token id"),
+    ({"stop_strings": ["a", ""]}, "stop_strings has an empty string"),
+    ({"min_new_tokens": 9, "max_completion_length": 8}, "min_new_tokens=9 is above max_completion_length=8"),
 ]
 
 
@@ -263,6 +276,15 @@ def test_yaml_and_flags(tmp_path):
         learning_rate=1e-5, max_steps=7, report_to=["tensorboard"], value_clip_range=None, seed=3,
         reward_weights=[1.0, 0.5], whiten_advantages=False,
     )  # fmt: skip
+
+
+def test_what_is_forbidden_and_what_ends_in_yaml_and_flags(tmp_path):
+    yaml = 'bad_words_ids: [[3], [4]]\nstop_strings: ["\\n", "Human:"]\nstop_token_ids: null\nmin_new_tokens: 4\n'
+    config = parse(tmp_path, yaml, "--suppress_tokens", "5", "6", "--min_new_tokens", "2")
+    assert config == PPOConfig(
+        bad_words_ids=[[3], [4]], stop_strings=["\n", "Human:"], suppress_tokens=[5, 6], min_new_tokens=2
+    )
+    assert parse(tmp_path, "seed: 1\n", "--stop_strings", "a b", "c").stop_strings == ["a b", "c"]
 
 
 @pytest.mark.parametrize("written, meant", [("auto", "auto"), ("true", True), ("some/where", "some/where")])

@@ -22,18 +22,34 @@ from lmppo.records import Experience, Samples, Tokens
 from lmppo.support import Support, pack
 
 BETA, TEMPERATURE, HORIZON, VOCAB = 0.3, 0.7, 3, 4
-SUPPORTS = {"top-k": {"top_k": 2}, "top-p": {"top_p": 0.7}, "min-p": {"min_p": 0.4}}
+SUPPORTS = {
+    "top-k": {"top_k": 2},
+    "top-p": {"top_p": 0.7},
+    "min-p": {"min_p": 0.4},
+    "suppress": {"suppress_tokens": [3]},
+    "min length": {"min_new_tokens": 1, "bad_words_ids": [[3]]},
+    "stop": {"stop_token_ids": [2], "suppress_tokens": [1]},
+    "min length, stop, min-p": {"min_new_tokens": 1, "stop_token_ids": [3], "min_p": 0.4},
+}
+ENDS = {"stop": (EOS, 2), "min length, stop, min-p": (EOS, 3)}
 
 
-def kept_by(name, chances):
-    """(V,) the tokens left, by the definition."""
-    if name == "top-k":
+def kept_by(name, chances, t):
+    """(V,) the tokens left at position t, by the definition: what is forbidden, then what is unlikely."""
+    asked, kept = SUPPORTS[name], torch.ones_like(chances, dtype=torch.bool)
+    kept[asked.get("suppress_tokens", []) + [i for word in asked.get("bad_words_ids", []) for i in word]] = False
+    if t < asked.get("min_new_tokens", 0):
+        kept[list(ENDS.get(name, (EOS,)))] = False
+    chances = torch.where(kept, chances, 0.0) / chances[kept].sum()
+    if "top_k" in asked:
         return chances >= chances.sort(descending=True).values[1]
-    if name == "min-p":
+    if "min_p" in asked:
         return chances >= 0.4 * chances.max()
+    if "top_p" not in asked:
+        return kept
     order = chances.argsort(descending=True)
     before = chances[order].cumsum(0) - chances[order]
-    return torch.zeros_like(chances, dtype=torch.bool).scatter(0, order, before < 0.7)
+    return kept.scatter(0, order, before < 0.7) & kept
 
 
 def score(ids):
@@ -53,14 +69,14 @@ class Listed:
         self._grow(name, policy, reference, prompt, [], [], [], [], [], [])
 
     def _grow(self, name, policy, reference, prompt, ids, kept, logprobs, refs, kl, reverse):
-        if len(ids) == HORIZON or EOS in ids:
+        if len(ids) == HORIZON or set(ENDS.get(name, (EOS,))) & set(ids):
             for found, new in zip(vars(self).values(), (ids, kept, logprobs, refs, kl, reverse), strict=True):
                 found.append(new)
             return
         context = torch.tensor([prompt + ids])
         z = policy(context).logits[0, -1] / TEMPERATURE
         q = (reference(context).logits[0, -1].detach() / TEMPERATURE).log_softmax(-1)
-        left = kept_by(name, z.detach().softmax(-1))
+        left = kept_by(name, z.detach().softmax(-1), len(ids))
         p = z - z[left].logsumexp(0)  # of use where a token is left
         of_state = (p[left].exp() * (p[left] - q[left])).sum()
         other_way = -(q[left].exp() * p[left]).sum()
@@ -89,7 +105,7 @@ class Listed:
         """The states' own part: how often a state is reached is held fixed."""
         return (self.chances.detach() * self.sums(numbers)).sum()
 
-    def samples(self, prompt):
+    def samples(self, prompt, ends):
         """As the sampler would have returned them, had it drawn each once."""
         n = len(self.rows)
         ids, mask = torch.zeros(n, HORIZON, dtype=torch.long), torch.zeros(n, HORIZON, dtype=torch.bool)
@@ -100,7 +116,7 @@ class Listed:
             support.entries[i, : len(row)] = pack(torch.stack(self.kept[i]))
         prompts = torch.tensor([prompt] * n)
         tokens = Tokens(prompts, torch.ones_like(prompts, dtype=torch.bool), ids, mask)
-        ended = torch.tensor([EOS in row for row in self.rows])
+        ended = torch.tensor([row[-1] in ends for row in self.rows])
         return Samples(tokens, support, logprobs, torch.zeros(n, HORIZON, 1), ended, torch.ones(n))
 
 
@@ -118,7 +134,9 @@ def listed_of(monkeypatch, tmp_path):
         models = [tiny_gpt2(VOCAB, seed=seed, n_layer=1, n_embd=8, initializer_range=0.25).eval() for seed in (4, 1)]
         prompt = [1, 2]
         listed = Listed(name, *models, prompt)
-        monkeypatch.setattr(lmppo.collector, "sample", lambda *args, values: listed.samples(prompt))
+        monkeypatch.setattr(
+            lmppo.collector, "sample", lambda *args, values: listed.samples(prompt, ENDS.get(name, (EOS,)))
+        )
         trainer = make_trainer(
             tmp_path, model=models[0], ref_model=models[1], reward=reward, dataset=[{"prompt": prompt}],
             tokenizer=letter_tokenizer("abc"), max_completion_length=HORIZON, temperature=TEMPERATURE, kl_coef=BETA,
@@ -183,13 +201,17 @@ def test_what_is_logged_and_paid_has_the_true_mean(listed_of, name, form):
 # --- before the first step -------------------------------------------------------------------------------------------
 
 
+LEFT_OUT = [{"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}, {"min_new_tokens": 5, "suppress_tokens": [2, 7]},
+            {"min_new_tokens": 3, "stop_token_ids": [4], "top_k": 5}]  # fmt: skip
+
+
 def first_rollout(trainer):
     return trainer.collector.collect(trainer.prompts.next_batch(trainer.args.rollout_batch_size), 0).rollout
 
 
 @pytest.mark.parametrize("family", [gpt2, llama])
 @pytest.mark.parametrize("form", ["k1_reward", "k3_both", "exact_both"])
-@pytest.mark.parametrize("settings", [{"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str)
+@pytest.mark.parametrize("settings", LEFT_OUT, ids=str)
 def test_every_token_costs_the_kept_mass(tmp_path, family, form, settings):
     """From the policy alone, row by row: minus the log of the probability of the tokens left, of all tokens."""
     trainer = make_trainer(tmp_path, model=family(), temperature=0.8, kl_form=form, **settings)
@@ -206,7 +228,7 @@ def test_every_token_costs_the_kept_mass(tmp_path, family, form, settings):
     assert rollout.kl_of_support.max() > 0.1
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}], ids=str)
+@pytest.mark.parametrize("settings", LEFT_OUT, ids=str)
 def test_the_check_before_the_first_step_knows_the_kept_mass(tmp_path, settings):
     """It lets the cost of the support pass, at a tolerance far below it, and still sees dropout."""
     trained(tmp_path / "right", max_steps=1, step_zero_tolerance=2e-5, **settings)

@@ -17,7 +17,7 @@ from fakes import letter_tokenizer, tiny_tokenizer
 from rich.cells import cell_len
 
 from lmppo.cli import main
-from lmppo.collector import ScoredRollout, decode_completions
+from lmppo.collector import ScoredRollout
 from lmppo.config import PPOConfig, RewardStream
 from lmppo.explain import (
     explain,
@@ -97,7 +97,13 @@ def make_parts(**settings) -> Parts:
     whitened = masked_whiten(sum(advantages), mask)
     return Parts(
         scored=ScoredRollout(
-            rollout, PROMPTS, decode_completions(letter_tokenizer(), rollout.tokens), ["f"], noise(6, 1), {}, {}
+            rollout,
+            PROMPTS,
+            letter_tokenizer().batch_decode(rollout.tokens.counted_ids(), skip_special_tokens=True),
+            ["f"],
+            noise(6, 1),
+            {},
+            {},
         ),
         experience=Experience.from_rollout(rollout, whitened, torch.stack(returns, dim=-1)),
         rewards=rewards,
@@ -298,23 +304,26 @@ def texts_of(tokenizer, text, prompt="a"):
     return token_texts(tokenizer, tokenizer(prompt)["input_ids"], tokenizer(text)["input_ids"])
 
 
-def test_pieces_of_characters_have_no_text_of_their_own():
+def test_the_last_piece_of_a_character_adds_it():
     tokenizer = tiny_tokenizer()
     assert texts_of(tokenizer, "ab <c\n") == ["a", "b", " ", "<", "c", "\n"]
-    assert texts_of(tokenizer, "é") == ["", ""]
-    assert texts_of(tokenizer, "漢a🙂b") == ["", "", "", "a", "", "", "", "", "b"]
+    assert texts_of(tokenizer, "é") == ["", "é"]
+    assert texts_of(tokenizer, "漢a🙂b") == ["", "", "漢", "a", "", "", "", "🙂", "b"]
     assert texts_of(tokenizer, "ok", prompt="é") == ["o", "k"]
     assert texts_of(letter_tokenizer(), "abc") == ["a", "b", "c"]
     end = [tokenizer.eos_token_id]
-    assert token_texts(tokenizer, end, end) == [tokenizer.eos_token]
+    assert token_texts(tokenizer, end, end) == [""]
+    smile = tokenizer("🙂")["input_ids"]
+    assert token_texts(tokenizer, smile[:2], smile[2:]) == ["", "🙂"], "begun by the prompt"
+    assert token_texts(tokenizer, smile, [*smile[:2], *end]) == ["", "", ""], "never completed"
 
 
 def test_a_space_before_a_word_belongs_to_the_word():
     class DropsTheFirstSpace:
         """Decodes as SentencePiece vocabularies do: the space before the first piece is lost."""
 
-        def decode(self, ids, **kwargs):
-            return "".join(["▁the", "▁cat", "s"][i] for i in ids).replace("▁", " ").lstrip(" ")
+        def batch_decode(self, rows, **kwargs):
+            return ["".join(["▁the", "▁cat", "s"][i] for i in row).replace("▁", " ").lstrip(" ") for row in rows]
 
     assert token_texts(DropsTheFirstSpace(), [0], [1, 2, 0]) == [" cat", "s", " the"]
 
@@ -379,10 +388,10 @@ def page_of(report) -> Page:
 def test_the_page_has_every_token_once_with_its_row_of_numbers(report):
     page = page_of(report)
     tokens = {f"{c['row']}-{t}": token for c in report["completions"] for t, token in enumerate(c["tokens"])}
-    assert page.tokens == {name: token["text"] for name, token in tokens.items()}
+    assert page.tokens == {name: token["text"] or token["token"] for name, token in tokens.items()}
     for name, token in tokens.items():
         label, *cells = page.rows[f"row-{name}"]
-        assert label == token["text"]
+        assert label == (token["text"] or token["token"])
         assert cells[3:8] == [f"{token[n]:.3f}" for n in ("kl", "reward", "value", "td", "advantage")]
         assert cells[list(report["columns"]).index("clipped")] == ("yes" if token["clipped"] else "no")
     assert page.rows.keys() == {f"row-{name}" for name in tokens}
@@ -581,7 +590,7 @@ def test_the_table_has_every_number_whole(saved, tmp_path, capsys, monkeypatch, 
     for completion, columns_shown in zip(report["completions"], shown, strict=True):
         tokens = completion["tokens"]
         assert columns_shown.pop("#") == [str(t) for t in range(len(tokens))]
-        assert columns_shown.pop("token") == [token["text"] for token in tokens]
+        assert columns_shown.pop("token") == [token["text"] or token["token"] for token in tokens]
         for name, cells in columns_shown.items():
             numbers = [token[name] for token in tokens]
             assert cells == [{True: "yes", False: "no"}[n] if isinstance(n, bool) else f"{n:.3f}" for n in numbers]

@@ -9,10 +9,11 @@ ROOT = Path(__file__).parent.parent
 # Lower layers first. A module may import what stands before it, in its own layer or below.
 LAYERS = (
     ("functional",),
-    ("setting_rules", "settings", "config", "checks", "axes", "support", "records", "control"),
-    ("tables", "plots", "protocols", "context"),
-    ("models", "rewards", "prompts", "sampling", "optimizer"),
-    ("processes", "collector", "loss", "estimators", "metrics", "trpo", "update", "launch"),
+    ("redaction", "setting_rules", "settings", "config", "checks", "axes", "support", "records", "control"),
+    ("tables", "plots", "protocols", "texts", "context"),
+    ("pretrained",),
+    ("models", "rewards", "prompts", "stopping", "sampling", "sampling_checks", "optimizer"),
+    ("processes", "collector", "loss", "estimators", "metrics", "evaluation", "trpo", "update", "launch"),
     ("run", "explain", "trainer"),
     ("cli", "__main__"),
 )

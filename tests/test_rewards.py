@@ -614,6 +614,71 @@ def test_chat_messages_go_through_the_template_without_extra_special_tokens():
     )
 
 
+def with_eos(pad_token_id=200, **kwargs):
+    """A one-label classifier, with its own token for padding unless told."""
+    model = llama_classifier(pad_token_id=pad_token_id, num_labels=1, id2label={0: "reward"}, label2id={"reward": 0})
+    return model, ClassifierReward(model, tiny_tokenizer(), **kwargs)
+
+
+def test_texts_that_ended_are_scored_with_eos():
+    model, reward = with_eos(append_eos=True, batch_size=3)
+    ended = [True, False, True, False]
+    ends = ["<|endoftext|>" if whole else "" for whole in ended]
+    alone = [logits_alone(model, text + end).item() for text, end in zip(TEXTS, ends, strict=True)]
+    assert reward(prompts=PROMPTS, completions=COMPLETIONS, completion_ended=ended) == pytest.approx(alone, abs=1e-5)
+    scores = RewardSet(reward).score(PROMPTS, COMPLETIONS, [[1]] * 4, {}, STATE, 1, ended=ended)
+    assert scores.per_function[:, 0].tolist() == pytest.approx(alone, abs=1e-5)
+    all_ended = [logits_alone(model, text + "<|endoftext|>").item() for text in TEXTS]
+    assert reward(prompts=PROMPTS, completions=COMPLETIONS) == pytest.approx(all_ended, abs=1e-5)
+    without = ClassifierReward(model, tiny_tokenizer())(prompts=PROMPTS, completions=COMPLETIONS)
+    assert without == pytest.approx([logits_alone(model, text).item() for text in TEXTS], abs=1e-5)
+    assert max(abs(a - b) for a, b in zip(all_ended, without, strict=True)) > 0.05
+
+
+def test_an_eos_that_stands_there_is_not_doubled():
+    """As trl appends it."""
+    _, reward = with_eos(append_eos=True)
+    assert reward(prompts=["a"], completions=["b<|endoftext|>"]) == reward(prompts=["a"], completions=["b"])
+
+
+def test_where_eos_pads_it_makes_no_difference():
+    model, reward = with_eos(pad_token_id=0, append_eos=True)
+    without = ClassifierReward(model, tiny_tokenizer(), append_eos=False)
+    arguments = {"prompts": PROMPTS, "completions": COMPLETIONS}
+    assert reward(**arguments) == pytest.approx(without(**arguments), abs=1e-6)
+
+
+def test_chat_messages_end_as_their_template_says():
+    model = gpt2_classifier(pad_token_id=200)
+    tokenizer = tiny_tokenizer(chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    reward = ClassifierReward(model, tokenizer, output="log_odds", append_eos=True)
+    prompt, completion = [{"role": "user", "content": "Well?"}], [{"role": "assistant", "content": "Fine."}]
+    expected = logits_alone(model, "[Well?][Fine.]")
+    assert reward(prompts=[prompt], completions=[completion]) == pytest.approx(
+        [(expected[1] - expected[0]).item()], abs=1e-5
+    )
+
+
+def test_eos_needs_a_token():
+    with pytest.raises(ValueError, match="append_eos: the tokenizer of .* has no EOS token: set tokenizer.eos_token"):
+        ClassifierReward(with_eos()[0], tiny_tokenizer(eos_token=None), append_eos=True)
+
+
+def test_only_functions_that_ask_learn_what_ended():
+    seen = {}
+
+    def asks(completions, completion_ended, **kwargs):
+        seen["asks"] = completion_ended
+        return [0.0] * len(completions)
+
+    def does_not(**kwargs):
+        seen["does not"] = "completion_ended" in kwargs
+        return [0.0] * len(kwargs["completions"])
+
+    RewardSet([asks, does_not]).score(["p", "p"], ["a", "b"], [[1], [2]], {}, STATE, 1, ended=[False, True])
+    assert seen == {"asks": [False, True], "does not": False}
+
+
 def test_the_users_tokenizer_is_left_as_it_was():
     tokenizer = tiny_tokenizer(padding_side="left", truncation_side="right")
     ClassifierReward(gpt2_classifier(), tokenizer, output="log_odds")(prompts=["a"], completions=["b"])

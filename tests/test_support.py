@@ -74,6 +74,15 @@ def test_without_truncation_nothing_is_stored():
     assert support.rows(torch.tensor([0, 2])).cut(T=slice(0, 3)).entries.shape == (2, 3, 0)
 
 
+def test_what_depends_on_the_position_alone_is_stored_once():
+    rules = bools(1, 2, 1000, 0.5)[0]
+    support = Support.of_rules(4, rules, torch.tensor([0, 0, 1]))
+    assert support.entries.numel() * support.entries.element_size() == 4 * 3, "a byte a position"
+    assert support.allowed().equal(rules[[0, 0, 1]].expand(4, 3, 1000))
+    assert support.compact(*support.largest_lists(torch.ones(4, 3, dtype=torch.bool)).tolist()) is support
+    assert support.rows(torch.tensor([2])).cut(T=slice(1, 3)).allowed().equal(rules[None])
+
+
 def test_rows_and_columns_are_cut_in_every_form():
     allowed = bools(4, 5, 1000, 0.002)
     bits = stored(allowed)

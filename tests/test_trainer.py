@@ -151,6 +151,11 @@ TURNS = {
     "top_k": 5,
     "top_p": 0.7,
     "min_p": 0.2,
+    "min_new_tokens": 4,
+    "suppress_tokens": [1],
+    "bad_words_ids": [[1]],
+    "stop_token_ids": [2, 3],
+    "stop_strings": ["b", "c"],
     "shuffle_dataset": False,
     "reward_weights": [0.5],
     "kl_coef": 0.5,
@@ -247,8 +252,9 @@ def test_what_is_shown_and_saved_changes_nothing_that_is_learned(tmp_path, base,
     assert_same(weights(trained(tmp_path, **(BASE | settings))), base)
 
 
-def test_evaluating_changes_nothing_that_is_learned(tmp_path, base):
-    trainer = trained(tmp_path, **BASE, eval_steps=1, eval_dataset=["kj", "c"])
+@pytest.mark.parametrize("settings", [{}, {"metric_for_best_model": "reward", "log_completions": 2}], ids=str)
+def test_evaluating_changes_nothing_that_is_learned(tmp_path, base, settings):
+    trainer = trained(tmp_path, **BASE, eval_steps=1, eval_dataset=["kj", "c"], **settings)
     assert_same(weights(trainer), base)
 
 

@@ -141,7 +141,7 @@ def _header(report: dict[str, Any], scale: float) -> str:
     settings["reward streams"] = stream_facts(report["streams"])
     return f"""<p class="quiet">{escape(report["checkpoint"])}</p>
 <p class="legend"><span>advantage</span> <span>≤ {-scale:.2f}</span><span class="bar"></span><span>≥ +{scale:.2f}</span>
-<span class="clipped">clipped</span> <span class="piece">piece of a character</span>
+<span class="clipped">clipped</span> <span class="piece">no text of its own</span>
 <span class="unlearned">not learned from</span></p>
 <details><summary>Settings</summary>{_definitions(settings)}</details>
 <details><summary>What the columns mean</summary>{_definitions(report["columns"])}

@@ -18,7 +18,8 @@ from lmppo.run.checkpoint import CheckpointError, checkpoint_dir, list_checkpoin
 _SHOWN_SETTINGS = (
     "estimator", "baseline", "gamma", "lam", "critic_lam", "adaptive_lam_alpha", "whiten_advantages", "objective",
     "clip_range", "clip_range_high", "dual_clip", "kl_coef", "kl_form", "truncation", "temperature",
-    "top_k", "top_p", "min_p", "ppo_epochs", "learning_rate",
+    "top_k", "top_p", "min_p", "min_new_tokens", "suppress_tokens", "bad_words_ids", "stop_token_ids", "stop_strings",
+    "ppo_epochs", "learning_rate",
 )  # fmt: skip
 
 _TOKEN_WIDTH = 20  # in a terminal table; longer tokens are folded

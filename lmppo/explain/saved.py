@@ -20,12 +20,13 @@ from lmppo.config import PPOConfig, RewardStream
 from lmppo.functional import kl_k1, rewards_to_go, td_residuals
 from lmppo.functional.kl import MAX_LOG_RATIO
 from lmppo.records import Experience
+from lmppo.redaction import scrub
 from lmppo.rewards import default_streams
 from lmppo.run.checkpoint import CheckpointError
+from lmppo.texts import REPLACEMENT, decode_completions, decode_whole
 
 FORMAT_VERSION = 2  # 2 since kl_form
 TENSORS, TEXTS = "rollouts.safetensors", "rollouts.json"
-_BROKEN_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ class SavedRollouts:
     """Completions as the update saw them, N rows; axes as in :class:`lmppo.records.Rollout`.
 
     Attributes:
-        prompts: The prompts as the model read them, special tokens included.
-        completions: The completions' texts.
+        prompts: The prompts' texts, chat templates included, without special tokens.
+        completions: The completions' texts; of chat, the message's content.
         tokens: Each completion's tokens by their names in the vocabulary, up to the last that was sampled.
-        texts: What each token adds to the text; empty where it has no text of its own (a piece of a UTF-8 character).
+        texts: What each token adds to the text: nothing, if it is special or a piece of a character that is not whole yet.
         streams: Names of the K reward streams.
         gammas: The discount of each stream.
         lams: GAE's lambda of each stream.
@@ -234,7 +235,7 @@ def save_rollouts(
     prompts = [ids[mask].tolist() for ids, mask in zip(tokens.prompt_ids, tokens.prompt_mask, strict=True)]
     texts = {
         "format_version": FORMAT_VERSION,
-        "prompts": [_decode(tokenizer, ids) for ids in prompts],
+        "prompts": decode_whole(tokenizer, prompts),
         "completions": scored.completions[kept],
         "tokens": [[str(name) for name in tokenizer.convert_ids_to_tokens(ids)] for ids in completions],
         "texts": [token_texts(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)],
@@ -242,7 +243,7 @@ def save_rollouts(
         "gammas": [config.gamma if stream.gamma is None else stream.gamma for stream in streams],
         "lams": [config.lam if stream.lam is None else stream.lam for stream in streams],
         "weights": [stream.weight for stream in streams],
-        "settings": config.to_dict() | ({} if kl_coef is None else {"kl_coef": kl_coef}),
+        "settings": scrub(config.to_dict()) | ({} if kl_coef is None else {"kl_coef": kl_coef}),
     }
     save_file(tensors, directory / TENSORS)
     (directory / TEXTS).write_text(json.dumps(texts, indent=2) + "\n")
@@ -272,10 +273,9 @@ def load_saved_rollouts(directory: Path) -> SavedRollouts:
 
 
 def token_texts(tokenizer: Any, prompt_ids: list[int], ids: list[int]) -> list[str]:
-    """What each token adds to the text before it; empty for one that has no text of its own.
+    """What each token adds to the text before it; together, what the completion adds to its prompt.
 
-    A token is decoded behind its predecessor, since some tokenizers drop the space before a token that stands alone.
-    In a byte-level vocabulary a token may be a piece of a UTF-8 character, which has no text.
+    A special token adds nothing. Where a character is made of several tokens, the last of them adds it.
 
     Args:
         tokenizer: The policy's tokenizer.
@@ -283,15 +283,15 @@ def token_texts(tokenizer: Any, prompt_ids: list[int], ids: list[int]) -> list[s
         ids: The completion.
     """
     texts = []
-    for before, token in zip([prompt_ids[-1], *ids], ids, strict=False):
-        start, both = _decode(tokenizer, [before]), _decode(tokenizer, [before, token])
-        text = both[len(start) :] if both.startswith(start) else ""
-        texts.append("" if _BROKEN_CHARACTER in text else text)
+    before, new = list(prompt_ids), []  # the tokens of the last whole text, and those since
+    for token in ids:
+        new.append(token)
+        (text,) = decode_completions(tokenizer, [before], [new])
+        texts.append(text)
+        if text:
+            within = decode_whole(tokenizer, [new])[0][:1] in ("", REPLACEMENT)  # new begins within a character
+            before, new = ([*before, *new] if within else new), []
     return texts
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _shown_lengths(mask: Tensor) -> list[int]:

@@ -5,7 +5,6 @@ import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from lmppo.models.language_model import vocab_size_of
 from lmppo.models.names import parameters_of
 from lmppo.models.probe import PADDING, probe_tokens
+from lmppo.pretrained import UntrustedModelError, find_base, find_source, load_peft
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -92,32 +92,31 @@ def add_adapter(policy: Any, peft_config: "PeftConfig") -> Any:
     return get_peft_model(policy, peft_config)
 
 
-def base_of_adapter(name: str) -> str | None:
-    """The name of the model that the adapter in a directory or on the Hub is for; None if no adapter is there."""
-    from transformers.utils.peft_utils import find_adapter_config_file
+def base_of_adapter(name: str, *, trust_remote_code: bool = False) -> str | None:
+    """The name of the model that the adapter in a directory or on the Hub is for; None if no adapter is there.
 
-    if find_adapter_config_file(name) is None:
+    Raises:
+        UntrustedModelError: What is there, or the base model, cannot be loaded safely.
+    """
+    try:
+        adapter = find_source(name, trust_remote_code=trust_remote_code)
+    except UntrustedModelError:
+        raise
+    except OSError:  # loading the model says what is missing
         return None
-    from peft import PeftConfig
+    if adapter.adapter_base is not None:
+        find_base(adapter, trust_remote_code=trust_remote_code)
+    return adapter.adapter_base
 
-    return PeftConfig.from_pretrained(name).base_model_name_or_path
 
-
-def load_adapter(base: Any, name: str, *, merge: bool = False) -> Any:
+def load_adapter(base: Any, name: str, *, merge: bool = False, trust_remote_code: bool = False) -> Any:
     """A model with the adapter of a directory or of the Hub on it, to be trained on, or merged.
 
     Raises:
-        OSError: Its weights are pickled.
+        UntrustedModelError: Its weights are pickled, or it needs code that is not trusted.
         ValueError: It is to be merged, and that is not possible.
     """
-    from peft import PeftModel
-
-    if (Path(name) / "adapter_model.bin").exists() and not (Path(name) / "adapter_model.safetensors").exists():
-        raise OSError(
-            f"{name!r} holds pickled weights only (adapter_model.bin), which can run code when loaded. Convert them once: "
-            f"load the adapter with peft and save_pretrained() it again."
-        )
-    policy = PeftModel.from_pretrained(base, name, is_trainable=True)
+    policy = load_peft(base, name, trust_remote_code=trust_remote_code)
     check_adapter(policy)
     if not merge:
         return policy

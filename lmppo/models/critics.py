@@ -10,13 +10,14 @@ from typing import Any
 
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lmppo.models.actor_critic import ActorCritic
 from lmppo.models.language_model import vocab_size_of
 from lmppo.models.loading import as_float32, print_once
 from lmppo.models.quantized import is_quantized
 from lmppo.models.token_values import as_token_values, load_token_values
+from lmppo.pretrained import UntrustedModelError, load_config, load_tokenizer
 from lmppo.protocols import CausalLM, Tokenizer
 from lmppo.settings import AdvantageSettings
 
@@ -42,7 +43,12 @@ class _Match:
 
 
 def load_critic(
-    critic: str | Path | PreTrainedModel, policy: CausalLM, n_streams: int = 1, *, tokenizer: Tokenizer | None = None
+    critic: str | Path | PreTrainedModel,
+    policy: CausalLM,
+    n_streams: int = 1,
+    *,
+    tokenizer: Tokenizer | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel | None:
     """A critic of its own: a model with one output per stream at every token, such as a token classifier.
 
@@ -60,11 +66,13 @@ def load_critic(
         policy: The policy.
         n_streams: Number of reward streams.
         tokenizer: The policy's (default: the one beside its weights).
+        trust_remote_code: Whether code that comes with the critic may run.
 
     Returns:
         The critic in float32, or None: ``auto:``, and its tokens are not known to be the policy's.
 
     Raises:
+        UntrustedModelError: Its weights are pickled, or it needs code that is not trusted.
         OSError: The critic cannot be loaded, also with ``auto:``.
         ValueError: Its labels or its vocabulary do not fit.
     """
@@ -77,37 +85,49 @@ def load_critic(
         own = as_token_values(as_float32(critic, "critic"), n_streams)
         return _checked(own, policy, n_streams, match)
     name = str(critic).removeprefix(AUTO)
-    config = load_weights_config(name)  # first of all: with `auto:` too, a name that leads nowhere is an error
-    match = _compare(policy, tokenizer, _tokenizer_at(name, may_download=True), name)
+    config = load_weights_config(
+        name, trust_remote_code=trust_remote_code
+    )  # first of all: with `auto:` too, a name that leads nowhere is an error
+    match = _compare(policy, tokenizer, _tokenizer_at(name, trust_remote_code, may_download=True), name)
     if not str(critic).startswith(AUTO):
         match.check()
-        return _checked(load_token_values(name, config, n_streams), policy, n_streams, match)
+        return _checked(
+            load_token_values(name, config, n_streams, trust_remote_code=trust_remote_code), policy, n_streams, match
+        )
     if match.unknown or match.difference:
         print_once(f"Critic: a value head on the policy's trunk, not {name!r}: {match.unknown or match.difference}.")
         return None
-    loaded = _checked(load_token_values(name, config, n_streams), policy, n_streams, match)
+    loaded = _checked(
+        load_token_values(name, config, n_streams, trust_remote_code=trust_remote_code), policy, n_streams, match
+    )
     print_once(f"Critic: {name!r}, which reads the policy's tokens.")
     return loaded
 
 
-def load_weights_config(name: str) -> Any:
+def load_weights_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration behind a name, with the same message as :func:`load_weights` when there is none.
 
     Raises:
         OSError: There is none.
     """
     try:
-        return AutoConfig.from_pretrained(name)
+        return load_config(name, trust_remote_code=trust_remote_code)
+    except UntrustedModelError:
+        raise
     except (OSError, ValueError) as error:
         raise OSError(f"Could not load a model configuration from {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def _tokenizer_at(name: str, *, may_download: bool) -> Any:
+def _tokenizer_at(name: str, trust_remote_code: bool = False, *, may_download: bool) -> Any:
     """The tokenizer behind a name; None if there is none."""
     if not name:
         return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not may_download, trust_remote_code=False)
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code, may_download=may_download)
+    except UntrustedModelError:
+        if may_download:  # else it is only asked what a model that is there already was made for
+            raise
+        return None
     except (OSError, ValueError, TypeError, ImportError):  # the last two: of families that need more than a file
         return None
     # Without a file of tokens, transformers makes a tokenizer of the special tokens alone.
@@ -167,6 +187,7 @@ def make_actor_critic(
     *,
     n_streams: int,
     origin: str = "",
+    trust_remote_code: bool = False,
 ) -> ActorCritic:
     """Policy and critic; without a use for the critic its head stays as it is.
 
@@ -178,6 +199,7 @@ def make_actor_critic(
         n_streams: Number of reward streams.
         origin: The directory that the policy is from. A critic that another run has left there is taken over if it
             fits and ``critic`` is None; a line says so.
+        trust_remote_code: Whether code that comes with the critic may run.
 
     Raises:
         ValueError: A critic is given, and the baseline uses none; or its labels or vocabulary do not fit.
@@ -191,9 +213,9 @@ def make_actor_critic(
         return model
     left = _left_by_a_run(origin)
     if critic is not None:
-        own = load_critic(critic, policy, n_streams, tokenizer=tokenizer)
+        own = load_critic(critic, policy, n_streams, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     else:
-        own = _take_over_critic(left, policy, n_streams, tokenizer)
+        own = _take_over_critic(left, policy, n_streams, tokenizer, trust_remote_code)
     model = ActorCritic(policy, own, n_streams)
     if own is None:
         _take_over_head(left, model.value_head)
@@ -209,13 +231,15 @@ def _left_by_a_run(origin: str) -> dict[str, Path]:
 
 
 def _take_over_critic(
-    left: dict[str, Path], policy: CausalLM, n_streams: int, tokenizer: Tokenizer | None
+    left: dict[str, Path], policy: CausalLM, n_streams: int, tokenizer: Tokenizer | None, trust_remote_code: bool
 ) -> PreTrainedModel | None:
     path = left.get("critic")
     if path is None:
         return None
     try:
-        critic = load_critic(str(path), policy, n_streams, tokenizer=tokenizer)
+        critic = load_critic(str(path), policy, n_streams, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    except UntrustedModelError:
+        raise
     except (ValueError, OSError) as error:
         print_once(f"Critic: a new value head, as the critic in {path} does not fit. {error}")
         return None

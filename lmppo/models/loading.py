@@ -15,31 +15,35 @@ from lmppo.models.adapters import add_adapter, base_of_adapter, check_adapter, l
 from lmppo.models.inputs import base_of
 from lmppo.models.names import uncompiled
 from lmppo.models.quantized import check_quantized, is_quantized, keep_weights, quantized_layers
+from lmppo.pretrained import UntrustedModelError, load_pretrained
+from lmppo.redaction import scrub
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-def load_weights(auto_class: Any, name_or_path: str | None, **kwargs: Any) -> PreTrainedModel:
-    """``auto_class.from_pretrained`` in float32, safetensors only, with one clear message when it fails.
+def load_weights(
+    auto_class: Any, name_or_path: str | None, *, trust_remote_code: bool = False, **kwargs: Any
+) -> PreTrainedModel:
+    """A model in float32, with one clear message when it cannot be loaded; see :func:`lmppo.pretrained.load_pretrained`.
 
     Args:
         auto_class: A class of transformers.
         name_or_path: What to load; None: the ``config`` and ``state_dict`` that are given.
+        trust_remote_code: Whether code that comes with the model may run.
         **kwargs: For ``from_pretrained``.
 
     Raises:
+        UntrustedModelError: Its weights are pickled, or it needs code that is not trusted.
         OSError: The model is neither a directory with safetensors weights nor a reachable Hub id.
     """
     try:
-        return auto_class.from_pretrained(name_or_path, dtype=torch.float32, use_safetensors=True, **kwargs)
+        return load_pretrained(
+            auto_class, name_or_path, trust_remote_code=trust_remote_code, dtype=torch.float32, **kwargs
+        )
+    except UntrustedModelError:
+        raise
     except OSError as error:
-        path = Path(name_or_path or "")
-        if path.is_dir() and list(path.glob("*.bin")) and not list(path.glob("*.safetensors")):
-            raise OSError(
-                f"{name_or_path!r} holds pickled weights only (*.bin), which can run code when loaded. Convert them "
-                f"once: load the model with transformers and save_pretrained() it again."
-            ) from error
         raise OSError(
             f"Could not load a model from {name_or_path!r}: it is neither a local directory with config.json and "
             f"safetensors weights nor a Hub id reachable from here. ({str(error).splitlines()[0]})"
@@ -49,7 +53,7 @@ def load_weights(auto_class: Any, name_or_path: str | None, **kwargs: Any) -> Pr
 def print_once(line: str) -> None:
     """Print on the main process alone."""
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0:
-        print(line, flush=True)
+        print(scrub(line), flush=True)
 
 
 def _plain(model: Any, name: str) -> Any:
@@ -156,19 +160,24 @@ def check_not_trained(ref_model: nn.Module, policy: Any) -> None:
         )
 
 
-def load_policy(model: "str | PreTrainedModel", peft_config: "PeftConfig | None" = None) -> nn.Module:
+def load_policy(
+    model: "str | PreTrainedModel", peft_config: "PeftConfig | None" = None, *, trust_remote_code: bool = False
+) -> nn.Module:
     """The policy: loaded if named, float32, with a fresh adapter if ``peft_config`` is given.
 
     The name may be that of an adapter, which is then trained on; with ``peft_config``, it is merged first. A model that
-    is passed in another type stays as it is, and a float32 copy of it is the policy.
+    is passed in another type stays as it is, and a float32 copy of it is the policy. Code that comes with a model runs
+    only with ``trust_remote_code``.
 
     Raises:
+        UntrustedModelError: Its weights are pickled, or it needs code that is not trusted.
         OSError: The model cannot be loaded.
         ValueError: An adapter is asked for on a model that has one, or its method is one that lmppo does not support.
         TypeError: ``model`` is neither a name nor a model that can generate.
     """
     named = isinstance(model, str | Path)
-    policy = _load_named(str(model), merge=peft_config is not None) if named else _plain(model, "model")
+    merge = peft_config is not None
+    policy = _load_named(str(model), trust_remote_code, merge=merge) if named else _plain(model, "model")
     if not hasattr(policy, "get_output_embeddings") or policy.get_output_embeddings() is None:
         raise TypeError(f"model is a {type(policy).__name__}: expected a causal language model or the name of one.")
     policy = as_float32(policy, "model")
@@ -190,18 +199,18 @@ def _on_quantized(base: Any, peft_config: "PeftConfig") -> Any:
     return policy
 
 
-def _load_named(name: str, *, merge: bool) -> PreTrainedModel:
+def _load_named(name: str, trust_remote_code: bool, *, merge: bool) -> PreTrainedModel:
     """A model, or an adapter on its base; ``merge``: the adapter merged into it, so that a new one can follow."""
-    base = base_of_adapter(name)
+    base = base_of_adapter(name, trust_remote_code=trust_remote_code)
+    model = load_weights(AutoModelForCausalLM, name if base is None else base, trust_remote_code=trust_remote_code)
     if base is None:
-        return load_weights(AutoModelForCausalLM, name)
-    model = load_weights(AutoModelForCausalLM, base)
+        return model
     if merge and is_quantized(model):
         raise ValueError(
             f"The base {base!r} of the adapter {name!r} is quantized, and merging would round the adapter away. Leave "
             f"peft_config out to go on training this adapter."
         )
-    policy = load_adapter(model, name, merge=merge)
+    policy = load_adapter(model, name, merge=merge, trust_remote_code=trust_remote_code)
     what = "merged into it, and a new one is trained" if merge else "trained on"
     print_once(f"Adapter: {name!r} on the base model {base!r}, {what}.")
     return policy

@@ -25,24 +25,25 @@ from transformers.utils import logging as hf_logging
 from lmppo.models.loading import load_weights
 
 
-def load_token_values(name: str, config: Any, n_streams: int) -> PreTrainedModel:
+def load_token_values(name: str, config: Any, n_streams: int, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model behind a name as a critic.
 
     Raises:
+        UntrustedModelError: Its weights are pickled, or it needs code, and ``trust_remote_code`` is not set.
         OSError: It cannot be loaded.
         ValueError: It is a critic of another number of streams, of a family that cannot be one, or its weights lack a part.
     """
-    architecture = (config.architectures or [""])[0]
+    architecture, trust = (config.architectures or [""])[0], {"trust_remote_code": trust_remote_code}
     if "ForTokenClassification" in architecture:
         if config.num_labels != n_streams:
             raise ValueError(
                 f"critic {name!r} has {config.num_labels} labels; expected {n_streams}, one per reward stream."
             )
-        return _load(name, token_value_class(config), copy.deepcopy(config), trained_head=True)
+        return _load(name, token_value_class(config), copy.deepcopy(config), trained_head=True, **trust)
     if "ForSequenceClassification" in architecture:
-        scorer = load_weights(AutoModelForSequenceClassification, name)
+        scorer = load_weights(AutoModelForSequenceClassification, name, **trust)
         return _with_head(scorer, scorer.state_dict(), n_streams)
-    return _load(name, token_value_class(config), _regression(config, n_streams))
+    return _load(name, token_value_class(config), _regression(config, n_streams), **trust)
 
 
 def as_token_values(model: Any, n_streams: int) -> Any:
@@ -84,7 +85,7 @@ def token_value_class(config: Any) -> Any:
     def initialize(self: Any, config: Any) -> None:
         family.__init__(self, config)
         self.num_labels = config.num_labels
-        setattr(self, self.base_model_prefix, AutoModel.from_config(config))
+        setattr(self, self.base_model_prefix, AutoModel.from_config(config, trust_remote_code=False))
         self.score = nn.Linear(_width(config), config.num_labels)
         self.post_init()
 
@@ -99,7 +100,7 @@ def _width(config: Any) -> int:
     """The width of what a language model's head reads, which may differ from ``hidden_size`` (OPT-350m)."""
     try:
         with torch.device("meta"):
-            head = AutoModelForCausalLM.from_config(config).get_output_embeddings()
+            head = AutoModelForCausalLM.from_config(config, trust_remote_code=False).get_output_embeddings()
         return head.weight.shape[1]
     except (ValueError, AttributeError):  # no language model in this family, or one without a head
         return config.get_text_config().hidden_size
@@ -121,12 +122,12 @@ def _with_head(model: Any, weights: dict[str, torch.Tensor], n_streams: int) -> 
 
 
 def _load(
-    name: str | None, model_class: Any, config: Any, *, trained_head: bool = False, **weights: Any
+    name: str | None, model_class: Any, config: Any, *, trained_head: bool = False, **how: Any
 ) -> PreTrainedModel:
     """A critic from a name or from weights, with a head of zeros unless it has been trained; all else must be there."""
     with _no_load_report():  # it would call the head new, which is what is wanted
         critic, info = load_weights(
-            model_class, name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **weights
+            model_class, name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **how
         )
     head = next(n for n, m in critic.named_modules() if m is head_of(critic))
     new = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}

@@ -5,7 +5,7 @@ import functools
 import inspect
 import random
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from lmppo.protocols import Tokenizer
 from lmppo.rewards.classifier import ClassifierReward
-from lmppo.rewards.protocol import REWARD_ARGUMENTS, RewardError, RewardFn
+from lmppo.rewards.protocol import ENDED, TRLS_ARGUMENTS, RewardError, RewardFn
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Function:
         kind: ``"reward function"`` or ``"watch function"``.
         name: Unique among all functions of a run.
         call: What is called.
+        takes_ended: Whether it is to be told which completions ended.
     """
 
     kind: str
     name: str
     call: RewardFn
+    takes_ended: bool
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name!r}"
@@ -62,6 +64,8 @@ def make_functions(
     tokenizers: Sequence[Tokenizer | None],
     device: torch.device | str | None,
     taken: Collection[str] = (),
+    *,
+    trust_remote_code: bool = False,
 ) -> list[Function]:
     """Functions with unique names, from callables and from classifiers given by name or as models.
 
@@ -71,6 +75,7 @@ def make_functions(
         tokenizers: The tokenizer of each classifier, ``None`` for the saved one.
         device: Where classifiers given by name or as models score.
         taken: Names that others have.
+        trust_remote_code: Whether code that comes with a classifier given by name may run.
 
     Raises:
         ValueError: A classifier cannot be used.
@@ -78,9 +83,9 @@ def make_functions(
     """
     functions: list[Function] = []
     for one, tokenizer in zip(given, tokenizers, strict=True):
-        call = _as_function(kind, one, tokenizer, device)
+        call = _as_function(kind, one, tokenizer, device, trust_remote_code)
         name = _unique(_name(call), {*taken, *(function.name for function in functions)})
-        functions.append(Function(kind, name, call))
+        functions.append(Function(kind, name, call, ENDED in _parameters(call)))
     return functions
 
 
@@ -103,7 +108,7 @@ def call_all(functions: Sequence[Function], batch: dict[str, list], trainer_stat
     returned: list[Any] = []
     with _own_randomness(step):
         for function in functions:
-            arguments = {key: _copied(value) for key, value in batch.items()}
+            arguments = {key: _copied(value) for key, value in batch.items() if key != ENDED or function.takes_ended}
             try:
                 returned.append(function.call(**arguments | reports))
             except Exception as error:
@@ -140,22 +145,28 @@ def _reward_error(function: Function, step: int, error: BaseException) -> Reward
     return RewardError(f"{function} raised {type(error).__name__} at step {step}: {error}")
 
 
-def _as_function(kind: str, given: Any, tokenizer: Tokenizer | None, device: torch.device | str | None) -> RewardFn:
+def _as_function(
+    kind: str, given: Any, tokenizer: Tokenizer | None, device: torch.device | str | None, trust_remote_code: bool
+) -> RewardFn:
     if isinstance(given, str | Path | torch.nn.Module):
-        return ClassifierReward(given, tokenizer, device=device)
+        return ClassifierReward(given, tokenizer, device=device, trust_remote_code=trust_remote_code)
     if not callable(given):
         raise TypeError(f"{kind} {given!r} is a {type(given).__name__}: give a callable, a path or a model.")
-    try:
-        parameters = inspect.signature(given).parameters
-    except ValueError:  # a builtin without a signature
-        return given
-    protocol = set(REWARD_ARGUMENTS)
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and not protocol <= set(parameters):
+    parameters = _parameters(given)
+    missing = set(TRLS_ARGUMENTS).difference(parameters)
+    if missing and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise TypeError(
-            f"{kind} {_name(given)!r} does not accept {', '.join(sorted(protocol - set(parameters)))}: "
-            "add **kwargs to its parameters."
+            f"{kind} {_name(given)!r} does not accept {', '.join(sorted(missing))}: add **kwargs to its parameters."
         )
     return given
+
+
+def _parameters(call: RewardFn) -> Mapping[str, inspect.Parameter]:
+    """A callable's parameters; a builtin without a signature may take anything."""
+    try:
+        return inspect.signature(call).parameters
+    except ValueError:
+        return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
 
 
 def _name(function: Any) -> str:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from lmppo.context import usable_context
+from lmppo.pretrained import UntrustedModelError, find_file, load_pretrained, load_tokenizer
 from lmppo.protocols import Tokenizer
+from lmppo.redaction import scrub, scrubbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,6 +31,10 @@ class ClassifierReward:
     changes no score: a decoder pools the last token that differs from ``config.pad_token_id``, so where the model
     names no pad token, a batch is padded with a token that none of its texts holds.
 
+    trl's RewardTrainer appends the EOS token to each text that it trains on. A model trained so is read in the same way:
+    a completion that ended is scored with the EOS token after it, one that was cut without. Chat messages end as their
+    template says.
+
     Args:
         model: A directory, a Hub id or a loaded ``AutoModelForSequenceClassification``. Loading takes safetensors
             only, in float32; a loaded model stays as it is, type, mode and device.
@@ -39,12 +45,17 @@ class ClassifierReward:
         batch_size: Texts per forward pass.
         max_length: Most tokens of a text (default: what model and tokenizer allow).
         device: Where to score (default: where the model is).
+        append_eos: Whether texts that ended are scored with the EOS token (default: if the model's tags, or the settings
+            saved beside it, say that trl's RewardTrainer trained it).
+        trust_remote_code: Whether code that comes with the model or its tokenizer may run.
 
     Raises:
+        UntrustedModelError: Its weights are pickled, or it needs code that is not trusted.
         ValueError: The model cannot be loaded or has no trained classification head, tokenizer and model do not fit,
-            or ``output``, ``label``, ``batch_size`` or ``max_length`` is impossible.
+            or ``output``, ``label``, ``batch_size``, ``max_length`` or ``append_eos`` is impossible.
     """
 
+    @scrubbed
     def __init__(
         self,
         model: "str | Path | PreTrainedModel",
@@ -55,6 +66,8 @@ class ClassifierReward:
         batch_size: int = 32,
         max_length: int | None = None,
         device: torch.device | str | None = None,
+        append_eos: bool | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         from lmppo.models.loading import frozen_view
         from lmppo.models.quantized import check_quantized
@@ -63,12 +76,17 @@ class ClassifierReward:
             raise ValueError(f"output={output!r} is not one of {', '.join(OUTPUTS)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1.")
-        self.model = _load_classifier(str(model)) if isinstance(model, str | Path) else frozen_view(model)
-        source = str(model) if isinstance(model, str | Path) else str(getattr(model.config, "_name_or_path", ""))
-        self.__name__ = Path(source).name or type(self.model).__name__
+        if isinstance(model, str | Path):
+            self.model, source = _load_classifier(str(model), trust_remote_code), str(model)
+        else:
+            self.model, source = frozen_view(model), str(getattr(model.config, "_name_or_path", ""))
+        self.__name__ = Path(scrub(source)).name or type(self.model).__name__
         check_quantized(self.model, self.__name__)
-        self.tokenizer = copy.deepcopy(processing_class or _load_tokenizer(source))
+        self.tokenizer = copy.deepcopy(processing_class or _load_tokenizer(source, trust_remote_code))
         self.tokenizer.truncation_side = "left"
+        self.append_eos = _trained_with_eos(model, source) if append_eos is None else append_eos
+        if self.append_eos and self.tokenizer.eos_token is None:
+            raise ValueError(f"append_eos: the tokenizer of {self.__name__} has no EOS token: set tokenizer.eos_token.")
         self.output = output
         self.label = _label_index(self.model.config, output, label, self.__name__)
         self.batch_size = batch_size
@@ -78,20 +96,37 @@ class ClassifierReward:
         self.model = self.model.to(device) if device is not None else self.model
 
     def __call__(
-        self, prompts: list, completions: list, completion_ids: list[list[int]] | None = None, **kwargs: Any
+        self,
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]] | None = None,
+        completion_ended: list[bool] | None = None,
+        **kwargs: Any,
     ) -> list[float]:
-        """One score per completion; ``completion_ids`` are of another tokenizer and not used."""
+        """One score per completion.
+
+        Args:
+            prompts: Text or chat messages.
+            completions: Of the same kind.
+            completion_ids: Tokens of another tokenizer, which are not used.
+            completion_ended: Whether each completion ended by itself (default: all did).
+            kwargs: Whatever else reward functions get; not used.
+        """
+        ended = [True] * len(prompts) if completion_ended is None else completion_ended
         scores: list[float] = []
         for start in range(0, len(prompts), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            scores += self._output(self._logits(self._tokenize(prompts[rows], completions[rows]))).tolist()
+            scores += self._output(self._logits(self._tokenize(prompts[rows], completions[rows], ended[rows]))).tolist()
         return scores
 
-    def _tokenize(self, prompts: list, completions: list) -> list[list[int]]:
+    def _tokenize(self, prompts: list, completions: list, ended: list[bool]) -> list[list[int]]:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         chat = not isinstance(texts[0], str)
         if chat:
             texts = [self.tokenizer.apply_chat_template(messages, tokenize=False) for messages in texts]
+        elif self.append_eos:
+            eos = self.tokenizer.eos_token
+            texts = [text.removesuffix(eos) + eos if whole else text for text, whole in zip(texts, ended, strict=True)]
         ids = self.tokenizer(
             texts, add_special_tokens=not chat, truncation=self.max_length is not None, max_length=self.max_length
         )["input_ids"]
@@ -155,14 +190,20 @@ class ClassifierReward:
             )
 
 
-def _load_classifier(name: str) -> "PreTrainedModel":
+def _load_classifier(name: str, trust_remote_code: bool) -> "PreTrainedModel":
     _check_place(name)
     from transformers import AutoModelForSequenceClassification
 
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        model, info = load_pretrained(
+            AutoModelForSequenceClassification,
+            name,
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
+    except UntrustedModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the classifier {name!r} cannot be loaded, neither as a directory nor from the Hub, with safetensors "
@@ -180,26 +221,34 @@ def _check_place(name: str) -> None:
     """Name what is wrong with a local path before the Hub is asked."""
     folder = Path(name)
     if folder.is_dir():
-        if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
-            raise ValueError(
-                f"{name!r} holds pickled weights only (*.bin), which can run code when they are loaded: save the model "
-                "again with save_pretrained, which writes safetensors."
-            )
-    elif folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        return
+    if folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ValueError(
             f"the reward {name!r} is not a model directory, nor the id of a model on the Hub. {OTHER_NAMES}"
         )
 
 
-def _load_tokenizer(source: str) -> Tokenizer:
-    from transformers import AutoTokenizer
-
+def _load_tokenizer(source: str, trust_remote_code: bool) -> Tokenizer:
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return load_tokenizer(source, trust_remote_code=trust_remote_code)
+    except UntrustedModelError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer can be loaded from {source!r}: pass processing_class, the tokenizer of the classifier."
         ) from error
+
+
+def _trained_with_eos(model: Any, source: str) -> bool:
+    """Whether trl's RewardTrainer trained a model, by the tags of a loaded one or the settings saved beside it.
+
+    The settings are a pickle, which is not unpickled: its bytes are searched for two names. (A RewardConfig without
+    eos_token is of an earlier trl, which appended none.)
+    """
+    if "reward-trainer" in (getattr(model, "model_tags", None) or ()):
+        return True
+    saved = find_file(source, "training_args.bin", may_download=isinstance(model, str | Path)) if source else None
+    return saved is not None and all(name in saved.read_bytes() for name in (b"RewardConfig", b"eos_token"))
 
 
 def _label_index(config: Any, output: str, label: str | int | None, name: str) -> int:

@@ -8,14 +8,18 @@ one number per completion, ``None`` where it does not apply, or, to reward each 
 from typing import Any, Protocol
 
 # What a reward function is given of a rollout: no data column may have such a name.
-REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+TRLS_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+ENDED = "completion_ended"  # lmppo's own: given to functions that name it
+REWARD_ARGUMENTS = (*TRLS_ARGUMENTS, ENDED)
 
 
 class RewardFn(Protocol):
     """A reward function: plain or ``async def``, a callable object or a :func:`functools.partial`; trl's run unchanged.
 
     Keyword arguments: every data column but the prompt (one value per completion), ``trainer_state`` (its
-    ``global_step`` counts the iterations), ``log_extra(column, values)`` and ``log_metric(name, value)``.
+    ``global_step`` counts the iterations), ``log_extra(column, values)`` and ``log_metric(name, value)``. A function
+    that names ``completion_ended`` among its parameters is also told which completions ended by themselves; the others
+    were cut at ``max_completion_length``.
     """
 
     def __call__(self, *, prompts: list, completions: list, completion_ids: list[list[int]], **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -66,6 +67,7 @@ class RewardSet:
         stream_of: The reward stream of each function (default: all in one).
         n_streams: Number of streams ``K``.
         watch_funcs: Functions that watch, one or several of the same kinds; a classifier's tokenizer is the saved one.
+        trust_remote_code: Whether code that comes with a classifier given by name may run.
 
     Raises:
         ValueError: No reward function is given, the counts do not match, or a classifier cannot be used.
@@ -81,6 +83,8 @@ class RewardSet:
         stream_of: Sequence[int] | None = None,
         n_streams: int = 1,
         watch_funcs: "Given | Sequence[Given] | None" = None,
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
         functions = _as_list(reward_funcs)
         watching = [] if watch_funcs is None else _as_list(watch_funcs)
@@ -98,9 +102,10 @@ class RewardSet:
                 )
         if not all(map(math.isfinite, self.weights)):
             raise ValueError(f"reward_weights={self.weights} must be finite numbers.")
-        self._rewarding = make_functions("reward function", functions, tokenizers, device)
+        make = partial(make_functions, trust_remote_code=trust_remote_code)
+        self._rewarding = make("reward function", functions, tokenizers, device)
         taken = [function.name for function in self._rewarding]
-        self._watching = make_functions("watch function", watching, [None] * len(watching), device, taken)
+        self._watching = make("watch function", watching, [None] * len(watching), device, taken)
         self.stream_of = list(stream_of) if stream_of is not None else [0] * len(functions)
         self.n_streams = n_streams
 
@@ -112,6 +117,8 @@ class RewardSet:
         reward_processing_classes: Any = None,
         device: torch.device | str | None = None,
         watch_funcs: Any = None,
+        *,
+        trust_remote_code: bool = False,
     ) -> "RewardSet":
         """The functions of several streams, one stream after the other; a stream's weight multiplies its functions'.
 
@@ -132,7 +139,14 @@ class RewardSet:
         stream_of = [k for k, stream in enumerate(streams) for _ in stream.reward_funcs]
         functions = [function for stream in streams for function in stream.reward_funcs]
         rewards = cls(
-            functions, reward_weights, reward_processing_classes, device, stream_of, len(streams), watch_funcs
+            functions,
+            reward_weights,
+            reward_processing_classes,
+            device,
+            stream_of,
+            len(streams),
+            watch_funcs,
+            trust_remote_code=trust_remote_code,
         )
         rewards.weights = [w * streams[k].weight for w, k in zip(rewards.weights, stream_of, strict=True)]
         return rewards
@@ -157,6 +171,7 @@ class RewardSet:
         columns: dict[str, list],
         trainer_state: Any,
         width: int,
+        ended: list[bool] | None = None,
     ) -> Scores:
         """Call every function on copies of the batch, check what it returns, and add it up per token.
 
@@ -173,6 +188,7 @@ class RewardSet:
             columns: The other data columns, ``B`` values each; one with the name of another argument is left out.
             trainer_state: Passed on; its ``global_step`` is named in errors.
             width: Positions ``T`` of the result, at least the longest completion.
+            ended: Whether each completion ended by itself (default: all did).
 
         Raises:
             RewardError: A function raised an exception.
@@ -185,6 +201,7 @@ class RewardSet:
             raise ValueError(f"completions of {min(lengths)} to {max(lengths)} tokens do not fit 1 to width={width}.")
         log = Log(len(completions))
         batch = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        batch["completion_ended"] = [True] * len(completions) if ended is None else ended
         returned = call_all(self._rewarding, batch, trainer_state, log)
         returned += call_all(self._watching, batch, trainer_state, log)
         rows = [

@@ -25,7 +25,9 @@ from transformers import PreTrainedModel
 from lmppo.models import ActorCritic, load_weights
 from lmppo.models.adapters import trained_beside
 from lmppo.models.names import parameters_of, state_of, uncompiled
+from lmppo.pretrained import load_adapter_weights
 from lmppo.protocols import Tokenizer
+from lmppo.redaction import scrub_files
 from lmppo.run.export import save_adapter, save_critic
 
 FORMAT_VERSION = 2  # of run directories and their checkpoints: 2 since kl_form
@@ -74,6 +76,7 @@ def save_checkpoint(
     (temporary / "state.json").write_text(json.dumps(state, indent=2, allow_nan=False) + "\n")
     if write_more is not None:
         write_more(temporary)
+    scrub_files(temporary)
     manifest = {"format_version": FORMAT_VERSION, "files": _hashes(temporary)}
     (temporary / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n")
     for path in [p for p in temporary.rglob("*") if p.is_file()]:
@@ -121,10 +124,10 @@ def _load_model(model: ActorCritic, directory: Path) -> None:
 
 
 def _load_adapter(policy: Any, directory: Path) -> None:
-    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     name = policy.active_adapter
-    weights = load_peft_weights(str(directory), device="cpu")
+    weights = load_adapter_weights(directory)
     _check_fit(get_peft_model_state_dict(policy, adapter_name=name), weights, directory)
     set_peft_model_state_dict(policy, weights, adapter_name=name)
     beside = directory / _BESIDE
@@ -232,7 +235,12 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The run's checkpoints, oldest first, by step number; links and foreign directories are not among them."""
     folder = Path(output_dir) / "checkpoints"
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
-    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)))  # type: ignore[union-attr]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its directory's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest_valid_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:

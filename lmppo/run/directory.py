@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from lmppo.redaction import scrub
 from lmppo.run.checkpoint import (
     FORMAT_VERSION,
     CheckpointError,
@@ -19,8 +20,8 @@ from lmppo.run.export import old_of
 # Settings that may change when a run is resumed: they affect what is shown and kept, not what is learned.
 FREE_SETTINGS = {
     "output_dir", "max_steps", "resume_from_checkpoint", "use_cpu", "cpu_threads", "gradient_checkpointing",
-    "micro_batch_size", "logging_steps", "eval_steps", "eval_completions", "save_steps", "save_rollouts", "save_total_limit",
-    "log_completions", "report_to", "run_name", "disable_tqdm", "watch_funcs",
+    "trust_remote_code", "micro_batch_size", "logging_steps", "eval_steps", "eval_completions", "save_steps",
+    "save_rollouts", "save_total_limit", "log_completions", "report_to", "run_name", "disable_tqdm", "watch_funcs",
 }  # fmt: skip
 
 
@@ -87,20 +88,19 @@ def find_resume_point(output_dir: str | Path, resume: str | bool | None, setting
 
 
 def discard_unsaved(output_dir: str | Path) -> None:
-    """Remove what an interrupted save or final export left behind; an export that was being replaced is put back."""
-    final = Path(output_dir) / "final"
-    if old_of(final).exists() and not final.exists():
-        old_of(final).rename(final)
-    for leftover in [
-        Path(output_dir) / ".tmp-final",
-        old_of(final),
-        *(Path(output_dir) / "checkpoints").glob(".tmp-step-*"),
-    ]:
+    """Remove what an interrupted save or export left behind; an export that was being replaced is put back."""
+    leftovers = list((Path(output_dir) / "checkpoints").glob(".tmp-step-*"))
+    for export in (Path(output_dir) / "final", Path(output_dir) / "best"):
+        if old_of(export).exists() and not export.exists():
+            old_of(export).rename(export)
+        leftovers += [export.with_name(f".tmp-{export.name}"), old_of(export)]
+    for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that affect what is learned and that differ: name -> (old, new)."""
+    """The settings that affect what is learned and that differ: name -> (old, new), without passwords and tokens."""
+    old, new = scrub(old), scrub(new)
     names = (set(old) | set(new)) - FREE_SETTINGS
     return {n: (old.get(n), new.get(n)) for n in sorted(names) if old.get(n) != new.get(n)}
 

@@ -1,6 +1,7 @@
 """Exporting the policy as a plain Hugging Face model: tried when a run is made, compared with the policy when written."""
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,9 +22,11 @@ from lmppo.models.loading import print_once
 from lmppo.models.names import state_of, uncompiled
 from lmppo.models.quantized import is_quantized
 from lmppo.protocols import Tokenizer
+from lmppo.redaction import scrub_files
 
 # What an export writes, by the beginnings of the names; the tokenizer's files are among what is replaced by name alone.
 _WEIGHTS = ("model", "adapter", "critic", "value_head")
+_RECORD = "step.json"  # of which step an export is
 
 
 class ExportError(RuntimeError):
@@ -132,6 +135,7 @@ def export_model(model: ActorCritic, directory: Path, tokenizer: Tokenizer, plan
         save_adapter(policy, directory / "adapter")
     save_critic(model, directory)
     tokenizer.save_pretrained(directory)
+    scrub_files(directory)
 
 
 def _write_whole_model(policy: Any, directory: Path) -> None:
@@ -177,8 +181,10 @@ def save_critic(model: ActorCritic, directory: Path) -> None:
         critic.save_pretrained(directory / "critic", state_dict=state_of(critic))
 
 
-def replace_model(model: ActorCritic, target: Path, tokenizer: Tokenizer, plan: ExportPlan) -> None:
-    """:func:`export_model` to a directory that may exist.
+def replace_model(
+    model: ActorCritic, target: Path, tokenizer: Tokenizer, plan: ExportPlan, record: dict[str, Any]
+) -> None:
+    """:func:`export_model` to a directory that may exist, with ``record`` in ``step.json``.
 
     A directory that holds nothing else is replaced as a whole. One that does keeps what else is in it, and its files
     change places one by one, when all new ones are whole.
@@ -187,6 +193,7 @@ def replace_model(model: ActorCritic, target: Path, tokenizer: Tokenizer, plan: 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     export_model(model, temporary, tokenizer, plan)
+    (temporary / _RECORD).write_text(json.dumps(record) + "\n")
     written = {path.name for path in temporary.iterdir()}
     there = {path.name for path in target.iterdir()} if target.exists() else set()
     stale = {name for name in there - written if name.startswith(_WEIGHTS)}
@@ -198,6 +205,14 @@ def replace_model(model: ActorCritic, target: Path, tokenizer: Tokenizer, plan: 
     for name in stale:
         _remove(target / name)
     temporary.rmdir()
+
+
+def exported_step(directory: Path) -> int | None:
+    """The step of an export; None if there is none, or none that a run has written."""
+    try:
+        return json.loads((directory / _RECORD).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def swap_directory(new: Path, target: Path) -> None:

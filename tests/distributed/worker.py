@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from builders import PROMPTS, build_policy_arguments, count_a, make_trainer, supports, weights
 from safetensors.torch import save_file
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lmppo.trainer import PPOTrainer
 
@@ -25,6 +26,13 @@ RUNS = {
     },
     "trpo": {"objective": "trpo", "trpo_max_kl": 0.02, "trpo_damping": 1.0, "trpo_cg_steps": 3},
     "critic-free": {"estimator": "rewards_to_go", "baseline": "leave_one_out", "truncation": "mask"},
+    "constrained": {
+        "suppress_tokens": [2],
+        "min_new_tokens": 2,
+        "stop_token_ids": [5],
+        "stop_strings": ["gh", "a"],
+        "truncation": "penalty",
+    },
 }
 COMMON = {
     "max_steps": 2, "rollout_batch_size": 16, "minibatch_size": 8, "micro_batch_size": 3, "save_steps": 1,
@@ -89,11 +97,62 @@ def fail(root):
     trainer.train()
 
 
+class Ask(TrainerCallback):
+    """Asks for something on the second process alone, and notes what was done."""
+
+    def __init__(self):
+        self.done = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            control.should_evaluate = control.should_save = control.should_log = state.global_step == 2
+            control.should_training_stop = state.global_step == 3
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.done.append(f"evaluate {state.global_step}")
+
+    def on_save(self, args, state, control, **kwargs):
+        self.done.append(f"save {state.global_step}")
+
+    def on_log(self, args, state, control, **kwargs):
+        self.done.append(f"log {state.global_step}")
+
+
+def ask(root):
+    """One process asks, both do; the best policy, completions and early stopping on two processes."""
+    asking = Ask()
+    settings = {
+        "max_steps": 9,
+        "logging_steps": 9,
+        "eval_dataset": {"a": PROMPTS[:2], "b": PROMPTS[2:]},
+        "eval_steps": 9,
+    }
+    settings |= {"log_completions": 2, "metric_for_best_model": "a_reward"}
+    trainer = make_trainer(root / "ask", callbacks=[asking, EarlyStoppingCallback(5)], **settings)
+    args, state = trainer.run.args, trainer.train()
+    notes = {
+        "done": asking.done, "step": state.global_step, "best": [state.best_global_step, state.best_metric],
+        "world": [args.world_size, args.process_index, args.should_save, str(args.parallel_mode)],
+    }  # fmt: skip
+    (root / f"ask-{trainer.accelerator.process_index}.json").write_text(json.dumps(notes))
+
+
+def fail_in_callback(root):
+    """A callback of the second process breaks."""
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if not state.is_world_process_zero:
+                raise ValueError("the callback is unwell")
+
+    make_trainer(root / "fail", callbacks=[Break()]).train()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    if sys.argv[2] == "fail":
-        fail(folder)
+    if sys.argv[2] != "train":
+        {"fail": fail, "ask": ask, "fail_in_callback": fail_in_callback}[sys.argv[2]](folder)
     else:
         for run in RUNS:
             train(folder, run)

@@ -91,6 +91,13 @@ def test_a_classifier(tmp_path, output, options):
 
 
 @pytest.mark.parametrize(
+    ("options", "expected"), [("", False), ("?append_eos=true", True), ("?append_eos=false", False)]
+)
+def test_the_shipped_classifier_is_read_without_eos_unless_told(options, expected):
+    assert load(f"classifier:tiny-reviews-sentiment{options}").append_eos is expected
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("sentiment", "'sentiment' is none of: lexicon, classifier:<path or id>, toy:<name>=<number>"),
@@ -99,6 +106,7 @@ def test_a_classifier(tmp_path, output, options):
         (":function", "is none of"),
         ("classifier:", "must read classifier:<path or id>"),
         ("classifier:x?outputs=logit", "must read classifier:<path or id>"),
+        ("classifier:x?append_eos=yes", "append_eos=true or false"),
         ("classifier:no/such/dir", "'no/such/dir' is not a model directory"),
         ("no/such/file.py:f", "the file 'no/such/file.py', which does not exist"),
         ("no_such_package.rewards:f", "'no_such_package' is not found"),

@@ -17,8 +17,10 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
     DistilBertModel,
+    GPT2ForSequenceClassification,
     TrainingArguments,
 )
+from trl import RewardConfig, RewardTrainer
 
 from lmppo.rewards import ClassifierReward, RewardSet
 from reward_models import load, train_preference
@@ -274,9 +276,39 @@ def test_a_preference_model_from_a_file_is_a_reward(trunk, tmp_path):
     out = str(tmp_path / "rm")
     flags = ["--model_name_or_path", trunk, "--dataset_name", str(pairs), "--output_dir", out, "--max_steps", "20"]
     train_preference.main([*flags, "--per_device_train_batch_size", "16", "--learning_rate", "1e-2", *CPU])
+    assert ClassifierReward(out).append_eos
     scores = RewardSet(out).score(["Well: "] * 2, ["7 fine", "7 awful"], [[1], [1]], {}, None, 1).per_function[:, 0]
     assert scores[0] > scores[1] + 0.1
     assert load(f"classifier:{out}?output=logit")(prompts=["Well: "], completions=["7 fine"]) == [scores[0].item()]
+
+
+def test_what_trls_reward_trainer_made_is_read_with_eos(trunk, tmp_path):
+    """The score of the very tokens that trl trained on."""
+    tokenizer = tiny_tokenizer(model_max_length=128, pad_token="~")
+    pairs = Dataset.from_list([{"prompt": "Well: ", "chosen": f"{i} fine", "rejected": f"{i} awful"} for i in range(8)])
+    torch.manual_seed(0)
+    config = tiny_gpt2(n_positions=128).config
+    config.num_labels = 1
+    model = GPT2ForSequenceClassification(config)
+    args = RewardConfig(str(tmp_path / "rm"), max_steps=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
+                        gradient_checkpointing=False)  # fmt: skip
+    trainer = RewardTrainer(model=model, args=args, train_dataset=pairs, processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    ids = trainer.train_dataset[0]["chosen_ids"]
+    with torch.no_grad():
+        expected = trainer.model.eval()(input_ids=torch.tensor([ids])).logits.item()
+    moved = tmp_path / "moved"
+    trainer.model.save_pretrained(moved)
+    tokenizer.save_pretrained(moved)
+    arguments = {"prompts": ["Well: "], "completions": ["0 fine"]}
+    for given, eos in ((str(tmp_path / "rm"), True), (trainer.model, True), (str(moved), False)):
+        reward = ClassifierReward(given, tokenizer)
+        assert reward.append_eos is eos
+        assert (abs(reward(**arguments)[0] - expected) < 1e-5) == eos
+    assert ClassifierReward(moved, append_eos=True)(**arguments) == pytest.approx([expected], abs=1e-5)
+    cut = ClassifierReward(str(tmp_path / "rm"))(**arguments, completion_ended=[False])
+    assert cut == ClassifierReward(moved)(**arguments)
 
 
 def test_a_preference_model_from_the_reviews(trunk, few_texts, tmp_path):
