@@ -1,7 +1,5 @@
 """PPOTrainer: the short loop that joins prompts, rollout, estimator and update; every stage is public."""
 
-import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -169,10 +167,7 @@ class PPOTrainer:
         return params
 
     def _make_run(self, run_settings: dict[str, Any], callbacks: Callbacks | None) -> Run:
-        epochs = sys.maxsize  # of a stream, as transformers counts
-        if self.prompts.is_map_style:
-            drawn = self.args.max_steps * self.args.rollout_batch_size // self.args.num_generations
-            epochs = math.ceil(drawn / len(self.prompts.dataset))
+        drawn = self.args.max_steps * self.args.rollout_batch_size // self.args.num_generations
         return Run(
             self.args,
             self.accelerator,
@@ -187,7 +182,7 @@ class PPOTrainer:
                 "run_settings": run_settings,
             },
             callbacks=callbacks,
-            num_train_epochs=epochs,
+            num_train_epochs=self.prompts.epochs_of(drawn),
             shown_to_callbacks={"train_dataloader": self.prompts, "eval_dataloader": None},
         )
 

@@ -6,6 +6,8 @@ The order is a pure function of (seed, epoch, position): the only state is the n
 import functools
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -79,6 +81,10 @@ class PromptStream:
     def columns(self) -> list[str]:
         """The columns of a batch beside the prompt."""
         return [name for name in self._columns | self._seen if name != "prompt"]
+
+    def epochs_of(self, n_prompts: int) -> int:
+        """Passes over the data set that so many prompts take; of a stream, as many as transformers counts."""
+        return math.ceil(n_prompts / len(self.dataset)) if self.is_map_style else sys.maxsize
 
     @functools.cached_property
     def fingerprint(self) -> str:
