@@ -21,6 +21,7 @@ from builders import (
     metrics_rows,
     trained,
     weights,
+    with_values,
 )
 from fakes import letter_tokenizer, tiny_tokenizer
 from peft import PeftModel, get_peft_model
@@ -29,6 +30,7 @@ from transformers import TrainerCallback
 
 from lmppo import PPOTrainer
 from lmppo.checks import NonFiniteError, StepZeroError
+from lmppo.records import GROUP_COST
 from lmppo.rewards import RewardError
 from lmppo.run.checkpoint import list_checkpoints
 
@@ -274,6 +276,50 @@ def test_micro_batches_change_the_weights_by_rounding_alone(tmp_path, base):
     for run in runs[1:]:
         for name, tensor in run.items():
             torch.testing.assert_close(tensor, runs[0][name], atol=1e-5, rtol=1e-5)
+
+
+UNEQUAL = ["a", "deadbeef" * 4, "kj", "b", "cafe" * 6, "c", "decade", "abc"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"truncation": "bootstrap"},
+        {"truncation": "mask", "kl_form": "exact_both"},
+        {"truncation": "bootstrap", "critic": critic_of, "kl_form": "k3_both"},
+        {"truncation": "mask", "objective": "trpo", "trpo_cg_steps": 3, "trpo_damping": 1.0},
+    ],
+    ids=str,
+)
+def test_groups_of_rows_of_very_unequal_lengths_change_rounding_alone(tmp_path, monkeypatch, settings):
+    """Which rows are read together is nowhere in the numbers: neither in a rollout's nor in what is learned from it."""
+    runs, rollouts, groups = [], [], []
+    for n, cost in ((8, 10**6), (3, 1), (1, 128)):
+        monkeypatch.setitem(GROUP_COST, "cpu", cost)
+        made = {name: value() if callable(value) else value for name, value in settings.items()}
+        trainer = make_trainer(
+            tmp_path / str(n),
+            dataset=[{"prompt": p} for p in UNEQUAL],
+            micro_batch_size=n,
+            adam_epsilon=0.1,
+            max_completion_length=16,
+            **made,
+        )
+        with_values(trainer.actor_critic)
+        rollouts.append(trainer.collector.collect(trainer.prompts.next_batch(8), 0).rollout)
+        trainer.train()
+        runs.append(weights(trainer))
+        groups.append(len(list(rollouts[-1].micro_batches(n))))
+    assert groups[0] == 1 < min(groups[1:]) < max(groups)
+    assert not rollouts[0].ended.all() and rollouts[0].ended.any()
+    assert settings["truncation"] == "mask" or rollouts[0].bootstrap_values.any()
+    for run, rollout in zip(runs[1:], rollouts[1:], strict=True):
+        for name, tensor in run.items():
+            torch.testing.assert_close(tensor, runs[0][name], atol=1e-5, rtol=1e-5)
+        assert rollout.tokens.completion_ids.equal(rollouts[0].tokens.completion_ids)
+        for name in ("logprobs", "ref_logprobs", "values", "kl_penalty", "bootstrap_values"):
+            ours, theirs = getattr(rollout, name), getattr(rollouts[0], name)
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 # --- step zero -------------------------------------------------------------------------------------------------------
