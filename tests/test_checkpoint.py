@@ -352,7 +352,9 @@ def test_final_is_a_plain_hugging_face_model(trained):
         assert (model(ids).logits - gpt2()(ids).logits).abs().max() > 0.01, "it has learned something"
         if "lora" in kind:
             adapted = PeftModel.from_pretrained(gpt2(), os.path.join(final, "adapter"))
-            assert torch.equal(adapted(ids).logits, trainer.actor_critic.policy(ids).logits)
+            torch.testing.assert_close(
+                adapted(ids).logits, trainer.actor_critic.policy(ids).logits, atol=2e-6, rtol=1e-5
+            )
     trainer.actor_critic.policy(ids)  # merging a copy left the trainer's own adapter as it was
     assert hasattr(trainer.actor_critic.policy, "peft_config") == ("lora" in kind)
 
