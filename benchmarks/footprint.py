@@ -19,10 +19,7 @@ from transformers import (
 )
 from workloads import Workload, share_of_even
 
-try:
-    from lmppo.models.chunks import LOGITS_BYTES
-except ImportError:  # logits of a whole micro-batch at once
-    LOGITS_BYTES = 2**62
+from lmppo.models.chunks import LOGITS_BYTES
 
 FLOAT = 4  # bytes
 LOGITS = 4  # tensors of the logits' size at once: the logits, what their log-probabilities keep, and two gradients

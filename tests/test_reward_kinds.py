@@ -166,7 +166,7 @@ def with_bonus(completions, answer, bonus, **kwargs):
         (functools.partial(Judge()), "Judge"),
         (lambda completions, answer, **kwargs: Judge()(completions, answer), "<lambda>"),
     ],
-    ids=repr,
+    ids=("object", "bound", "bound async", "async", "partial", "partial object", "lambda"),
 )
 def test_callables_of_any_kind_have_a_name_and_say_what_they_need(function, name):
     rewards = RewardSet(function)
