@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 EXTRAS_demo := data,plots
 EXTRAS_test := data,plots,train,tracking,quantized,dev
 
-.PHONY: demo test families setup lint types format clean
+.PHONY: demo test families bench setup lint types format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml recipes/ppo_sentiment.py \
@@ -26,6 +26,13 @@ test: lint types
 
 families: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families/sweep.py --markdown docs/models.md
+
+# About an hour on two cores that do nothing else; see docs/speed.md.
+bench: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/speed.py --markdown docs/speed.md
+	$(BIN)/python benchmarks/profile_iteration.py --markdown docs/speed.md
+	$(BIN)/python benchmarks/scaling.py --markdown docs/speed.md
+	$(BIN)/python benchmarks/memory.py --markdown docs/memory.md
 
 setup: $(VENV)/.installed-test
 

@@ -13,11 +13,13 @@ from lmppo.settings import (
     CollectorSettings,
     ControlSettings,
     CriticSettings,
+    EncoderSettings,
     EstimatorSettings,
     KLSettings,
     ObjectiveSettings,
     OptimizerSettings,
     PassSettings,
+    PromptSettings,
     ReportingSettings,
     RewardSettings,
     RolloutSettings,
@@ -88,6 +90,7 @@ class RewardStream:
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig(
+    EncoderSettings,
     CollectorSettings,
     ShapingSettings,
     EstimatorSettings,
@@ -107,6 +110,7 @@ class PPOConfig(
     KLSettings,
     RewardSettings,
     SamplingSettings,
+    PromptSettings,
     RolloutSettings,
     RunSettings,
 ):

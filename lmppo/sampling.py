@@ -216,7 +216,7 @@ def sample(
         ids[alive, t] = token
         mask[alive, t] = True
         logprobs[alive, t] = logprob.gather(1, token[:, None])[:, 0]
-        if values and model.value_head is not None:
+        if values and model.critic is None:
             state_values[alive, t] = model.values_of(decoder.hidden)
         finished = endings.of(alive, token)
         ended[alive] = finished

@@ -1,6 +1,7 @@
 """What holds of single settings: their kinds, ranges and choices, and how a part of the settings checks itself."""
 
 import difflib
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -80,7 +81,7 @@ def _is_a(value: Any, kind: Any) -> bool:
         return any(_is_a(value, k) for k in get_args(kind))
     if get_origin(kind) is list:
         return type(value) is list and all(_is_a(v, get_args(kind)[0]) for v in value)
-    return type(value) is kind or (kind is float and type(value) is int)
+    return type(value) is (get_origin(kind) or kind) or (kind is float and type(value) is int)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,9 @@ class Settings:
 
     def _check_kind(self, name: str, kind: Any) -> None:
         value = getattr(self, name)
+        if isinstance(value, str) and any(get_origin(k) is dict for k in get_args(kind)):
+            value = _read_json_object(name, value)
+            object.__setattr__(self, name, value)
         yaml_true = name == "resume_from_checkpoint" and type(value) is bool
         if not (_is_a(value, kind) or yaml_true):
             expected = kind.__name__ if type(kind) is type else kind
@@ -124,3 +128,14 @@ class Settings:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}.{hint}")
+
+
+def _read_json_object(name: str, text: str) -> dict[str, Any]:
+    """A setting that is a dict, from the text that it is on a command line."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'{name}={text!r} must be a dict, or one in JSON, such as {{"key": true}}.')
+    return value

@@ -1,7 +1,5 @@
 """PPOTrainer: the short loop that joins prompts, rollout, estimator and update; every stage is public."""
 
-import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_callback import TrainerState
 
 from lmppo.checks import check_kl_zero, rounding_tolerance
@@ -33,7 +31,7 @@ from lmppo.models.language_model import freeze_lower_layers
 from lmppo.models.quantized import check_trainable
 from lmppo.models.recomputation import prepare_recomputation
 from lmppo.optimizer import make_optimizer, set_learning_rates
-from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder
+from lmppo.prompts import PromptStream, load_tokenizer, make_prompt_encoder, tokenizer_of
 from lmppo.protocols import Tokenizer
 from lmppo.records import Experience, Rollout
 from lmppo.redaction import scrubbed
@@ -68,11 +66,13 @@ class PPOTrainer:
         train_dataset: Rows with a ``prompt`` (text, chat messages or token ids); the reward functions get the other
             columns.
         eval_dataset: The same, for :meth:`evaluate`; or several such sets by name, as a dict.
-        processing_class: The policy's tokenizer; loaded from the model's name if not given.
+        processing_class: The policy's tokenizer, or a multimodal model's processor, of which the tokenizer is used and the
+            whole is saved; loaded from the model's name if not given.
         reward_processing_classes: Tokenizers of the reward models.
         peft_config: Train a fresh adapter.
         ref_model: The reference, if it is not the policy as it is now.
         critic: None: the critic that another run has left beside ``model``, else a fresh value head on the policy's trunk.
+            ``"lora"``: an adapter of its own on the base of a policy with a LoRA adapter, with a value head.
             Otherwise a model or its name: a critic, a reward model or a language model, whose values start as the
             critic's, as the rewards, or at 0; a model that is given is copied.
         callbacks: transformers callbacks, or their classes.
@@ -96,7 +96,7 @@ class PPOTrainer:
         args: PPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
+        processing_class: Tokenizer | ProcessorMixin | None = None,
         reward_processing_classes: Any = None,
         peft_config: "PeftConfig | None" = None,
         ref_model: PreTrainedModel | str | None = None,
@@ -138,38 +138,36 @@ class PPOTrainer:
         )
 
         # The critic, the prompts and the optimizer.
-        params = self._make_params(policy)
-        models = (policy, critic, self.args, self.processing_class)
+        tokenizer = tokenizer_of(self.processing_class)
+        params = self._make_params(tokenizer, policy)
         streams: dict[str, Any] = {"n_streams": len(self.streams), "origin": origin}
-        actor_critic = make_actor_critic(*models, **streams, **trust, **layers)
+        actor_critic = make_actor_critic(policy, critic, self.args, tokenizer, **streams, **trust, **layers)
         prepare_recomputation(actor_critic, self.args)
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)
-        self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=self.args.shuffle_dataset)
-        self.evaluation = Evaluation(eval_dataset, encoder)
+        needed, shuffle = self.rewards.needed_columns, self.args.shuffle_dataset
+        self.prompts = PromptStream(train_dataset, encoder, seed=self.args.seed, shuffle=shuffle, needed=needed)
+        self.evaluation = Evaluation(eval_dataset, encoder, needed)
         optimizer: Any = make_optimizer(actor_critic, self.args)
         self.model, self.optimizer = self.accelerator.prepare(actor_critic, optimizer)
 
         # What runs: the controllers, the run on disk, the collector of rollouts.
         self.control = Control(self.args)
         self.run = self._make_run(dict(run_settings or {}), callbacks)
-        parts = (self.rewards, self.processing_class, params, self.args, self.accelerator, self.state)
+        parts = (self.rewards, tokenizer, params, self.args, self.accelerator, self.state)
         self.collector = Collector(self.model, self.reference, *parts)
         self.last_step: Step | None = None
         self.run.fire("on_init_end")
 
-    def _make_params(self, policy: Any) -> SamplingParams:
-        params = SamplingParams.of(self.args, self.processing_class, policy)
+    def _make_params(self, tokenizer: Tokenizer, policy: Any) -> SamplingParams:
+        params = SamplingParams.of(self.args, tokenizer, policy)
         check_sampling(params, self.args, policy)
         for message in sampling_warnings(params, self.args, policy) if self.accelerator.is_main_process else ():
             warnings.warn(message, stacklevel=4)  # the caller of the trainer, through scrubbed()
         return params
 
     def _make_run(self, run_settings: dict[str, Any], callbacks: Callbacks | None) -> Run:
-        epochs = sys.maxsize  # of a stream, as transformers counts
-        if self.prompts.is_map_style:
-            drawn = self.args.max_steps * self.args.rollout_batch_size // self.args.num_generations
-            epochs = math.ceil(drawn / len(self.prompts.dataset))
+        drawn = self.args.max_steps * self.args.rollout_batch_size // self.args.num_generations
         return Run(
             self.args,
             self.accelerator,
@@ -184,7 +182,7 @@ class PPOTrainer:
                 "run_settings": run_settings,
             },
             callbacks=callbacks,
-            num_train_epochs=epochs,
+            num_train_epochs=self.prompts.epochs_of(drawn),
             shown_to_callbacks={"train_dataloader": self.prompts, "eval_dataloader": None},
         )
 
@@ -372,16 +370,20 @@ class PPOTrainer:
         tell = partial(self.run.fire, "on_evaluate")
         return self.evaluation.metrics(scored, kl_coef=self.control.kl.coef, tell=tell)
 
-    def save_model(self, output_dir: str | Path) -> None:
+    def save_model(self, output_dir: str | Path | None = None) -> None:
         """Write the policy as a plain Hugging Face model with its tokenizer, and the critic beside it.
 
         An adapter is merged, and also kept as it is in ``adapter/``. An earlier export is replaced when the new one is
         whole; whatever else is in ``output_dir`` stays.
 
+        Args:
+            output_dir: Where to. Default: the run directory itself, beside what the run keeps there; ``final/`` is
+                written by :meth:`train` alone.
+
         Raises:
             ExportError: What was written gives other logits than the policy, and was not kept.
         """
-        self.run.save_model(output_dir)
+        self.run.save_model(self.args.output_dir if output_dir is None else output_dir)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the present step, and delete the oldest ones beyond ``save_total_limit``."""
@@ -392,5 +394,5 @@ class PPOTrainer:
         if not self.args.save_rollouts or self.last_step is None:
             return None
         new = logprobs_now(self.model, self.last_step.experience, self.args, self.accelerator)
-        keep = partial(save_rollouts, new_logprobs=new, config=self.args, tokenizer=self.processing_class)
+        keep = partial(save_rollouts, new_logprobs=new, config=self.args, tokenizer=self.collector.tokenizer)
         return partial(keep, rows=self.args.save_rollouts, streams=self.streams, **vars(self.last_step))

@@ -215,10 +215,10 @@ def take_step(
         NonFiniteError: Names the parameter whose gradient is not finite; nothing was changed.
     """
     actor_critic = accelerator.unwrap_model(model)
-    modules = {"grad_norm": actor_critic}
+    groups = {"grad_norm": list(actor_critic.parameters())}
     if actor_critic.critic is not None:
-        modules = {"grad_norm": actor_critic.policy, "critic/grad_norm": actor_critic.critic}
-    clipped = {name: [p for p in module.parameters() if p.grad is not None] for name, module in modules.items()}
+        groups = {"grad_norm": actor_critic.policy_parameters(), "critic/grad_norm": actor_critic.critic_parameters()}
+    clipped = {name: [p for p in group if p.grad is not None] for name, group in groups.items()}
     norms = {name: torch.nn.utils.get_total_norm([p.grad for p in part]) for name, part in clipped.items() if part}
     check_gradients({name: p.grad for name, p in model.named_parameters()}, norms.values(), stats, iteration)
     for name, norm in norms.items():

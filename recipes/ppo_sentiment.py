@@ -34,7 +34,8 @@ class RecipeArguments:
     watch_funcs: list[str] | None = field(default=None, metadata={"help": "As reward_funcs, but logged and no reward."})
     prompt_tokens: int = field(default=8, metadata={"help": "Tokens per prompt cut from a `text` column."})
     critic_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A critic; auto:<name>: if it reads the policy's tokens; none: a value head."}
+        default=None,
+        metadata={"help": "A critic; auto:<name>: if its tokens fit; lora: an adapter; none: a value head."},
     )
     use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter; the reference is without it."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})

@@ -114,7 +114,12 @@ def trained(output_dir, **settings):
 
 def build_policy_arguments(kind):
     """The trainer's arguments for a shared trunk, a critic of its own, or an adapter."""
-    return {"shared": {}, "separate": {"critic": critic_of()}, "lora": {"peft_config": lora()}}[kind]
+    return {
+        "shared": {},
+        "separate": {"critic": critic_of()},
+        "lora": {"peft_config": lora()},
+        "lora critic": {"peft_config": lora(), "critic": "lora"},
+    }[kind]
 
 
 def encode(*prompts):
@@ -183,10 +188,11 @@ def row_alone(model, prompt, completion):
     states = slice(len(prompt) - 1, len(prompt) + len(completion) - 1)
     with torch.no_grad():
         out = model.policy(input_ids=ids, output_hidden_states=True)
-        if model.critic is not None:
+        if model.critic is not None and model.value_head is None:
             values = model.critic(input_ids=ids).logits[0, states]
         else:
-            values = out.hidden_states[-1][0, states] @ model.value_head.weight.T + model.value_head.bias
+            read = out if model.critic is None else model.critic(input_ids=ids, output_hidden_states=True)
+            values = read.hidden_states[-1][0, states] @ model.value_head.weight.T + model.value_head.bias
     return out.logits[0, states], values
 
 

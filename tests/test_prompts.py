@@ -4,10 +4,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from builders import PROMPTS
+from builders import PROMPTS, assert_same, count_a, make_trainer, trained, weights
 from fakes import END_OF_TEXT, LETTERS, letter_tokenizer
+from torch.utils import data
 
-from lmppo.prompts import PromptEncoder, PromptStream, cut_prompts, make_batch, pad_left
+from lmppo.prompts import PromptEncoder, PromptStream, cut_prompts, pad_left
 from lmppo.rewards import REWARD_ARGUMENTS
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}k{% endif %}"
@@ -15,6 +16,11 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_
 
 def encoder(tokenizer=None, *, vocab_size=12, max_positions=16, max_completion_length=8):
     return PromptEncoder(tokenizer or letter_tokenizer(), vocab_size, max_positions, max_completion_length)
+
+
+def encode(row, using=None):
+    """The prompt of one row, and its tokens."""
+    return (using or encoder()).encode([row], ["Row 0"])[0]
 
 
 def rows_of(*prompts):
@@ -52,22 +58,22 @@ def test_left_padding():
 
 
 def test_text_is_tokenized_and_kept_as_text():
-    assert encoder().encode({"prompt": "abk"}, "Row 0") == ("abk", [1, 2, 11])
+    assert encode({"prompt": "abk"}) == ("abk", [1, 2, 11])
 
 
 def test_token_ids_are_kept_and_shown_as_text():
-    assert encoder().encode({"prompt": [1, 2, 11]}, "Row 0") == ("abk", [1, 2, 11])
-    assert encoder().encode({"prompt": [0, 1]}, "Row 0")[1] == [0, 1], "the end-of-text token is an id like any other"
+    assert encode({"prompt": [1, 2, 11]}) == ("abk", [1, 2, 11])
+    assert encode({"prompt": [0, 1]})[1] == [0, 1], "the end-of-text token is an id like any other"
 
 
 def test_token_ids_may_be_numpys():
-    prompt, ids = encoder().encode({"prompt": [np.int64(1), np.int32(2)]}, "Row 0")
+    prompt, ids = encode({"prompt": [np.int64(1), np.int32(2)]})
     assert (prompt, ids) == ("ab", [1, 2]) and all(type(token) is int for token in ids)
 
 
 def test_messages_go_through_the_chat_template_and_stay_messages():
     messages = [{"role": "system", "content": "ab"}, {"role": "user", "content": "c"}]
-    prompt, ids = encoder(letter_tokenizer(chat_template=CHAT_TEMPLATE)).encode({"prompt": messages}, "Row 0")
+    prompt, ids = encode({"prompt": messages}, encoder(letter_tokenizer(chat_template=CHAT_TEMPLATE)))
     assert prompt == messages
     assert ids == [1, 2, 3, 11], "with the generation prompt"
 
@@ -89,7 +95,7 @@ def test_other_columns_and_generations():
 
 
 def test_bare_prompts_have_no_columns():
-    assert make_batch([("a", "a", [1])]).columns == {}
+    assert stream(["a"]).next_batch(1).columns == {}
 
 
 # --- F50: every unusable prompt is named before training -------------------------------------------------------------
@@ -194,6 +200,204 @@ def test_a_data_frame_is_told_to_become_a_data_set():
     with pytest.raises(ValueError, match=r"the data set is a DataFrame.*Dataset\.from_pandas"):
         stream(frame)
     assert draw(stream(datasets.Dataset.from_pandas(frame), shuffle=False), 3) == list("abc")
+
+
+# --- the columns of a batch ------------------------------------------------------------------------------------------
+
+RAGGED = [{"prompt": "a", "answer": "x"}, {"prompt": "b"}, "c", {"prompt": "d", "id": 3}]
+
+
+class Mapped(data.Dataset):
+    """A map-style data set of torch."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class AtOnce(Mapped):
+    """One that reads several rows at once."""
+
+    def __getitems__(self, indices):
+        return [self.rows[i] for i in indices]
+
+
+class Sized(data.IterableDataset):
+    """A streaming data set of torch that knows its length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize("kind", [list, Mapped, AtOnce])
+@pytest.mark.parametrize("seed", range(4))
+def test_every_batch_has_the_columns_of_the_whole_data_set(kind, seed):
+    prompts = stream(kind(RAGGED), seed=seed)
+    by_prompt = {"a": ("x", None), "b": (None, None), "c": (None, None), "d": (None, 3)}
+    for _ in range(8):
+        batch = prompts.next_batch(1, num_generations=2)
+        assert list(zip(batch.columns["answer"], batch.columns["id"], strict=True)) == [by_prompt[batch.prompts[0]]] * 2
+
+
+@pytest.mark.parametrize("kind", [Restartable, Sized])
+def test_a_stream_has_the_columns_that_its_rows_have_had(kind):
+    prompts = stream(kind(RAGGED))
+    assert not prompts.is_map_style
+    columns = [prompts.next_batch(1).columns for _ in range(5)]
+    assert columns[:2] == [{"answer": ["x"]}, {"answer": [None]}]
+    assert columns[3:] == [{"answer": [None], "id": [3]}, {"answer": ["x"], "id": [None]}]
+    assert stream(kind(RAGGED)).next_batch(4).columns == {
+        "answer": ["x", None, None, None],
+        "id": [None, None, None, 3],
+    }
+
+
+@pytest.mark.parametrize("cursor", range(6))
+def test_a_resumed_stream_has_the_same_columns(cursor):
+    whole, before, after = (stream(Restartable(RAGGED)) for _ in range(3))
+    expected = [whole.next_batch(1).columns for _ in range(9)]
+    for _ in range(cursor):
+        before.next_batch(1)
+    after.next_batch(4)  # whatever it has read before
+    after.load_state_dict(before.state_dict())
+    assert [after.next_batch(1).columns for _ in range(9 - cursor)] == expected[cursor:]
+
+
+def test_a_stream_that_declares_its_columns_has_them_all():
+    rows = datasets.Dataset.from_list([{"prompt": "a", "answer": None, "id": 1}]).to_iterable_dataset()
+    assert stream(rows).columns == ["answer", "id"]
+    with pytest.raises(ValueError, match=r"^f needs the argument `key`, and train_dataset .*\(it has: answer, id\)"):
+        stream(rows, needed={"key": "f"})
+
+
+def strict(completions, answer, **kwargs):
+    return [0.0 if a is None else float(a in text) for a, text in zip(answer, completions, strict=True)]
+
+
+def test_an_argument_that_no_row_of_a_stream_has_had_is_none(tmp_path):
+    rows = [*rows_of(*"abcdefgh" * 2), {"prompt": "a", "answer": "b"}]
+    seen = []
+
+    def reward(answer, **kwargs):
+        seen.append(answer)
+        return strict(answer=answer, **kwargs)
+
+    trained(tmp_path, reward=reward, dataset=Restartable(rows), max_steps=3)
+    assert seen == [[None] * 8, [None] * 8, ["b", *[None] * 7]]
+
+
+def test_a_killed_and_resumed_stream_trains_the_same_policy(tmp_path):
+    """A reward that looks at which columns are there at all."""
+    rows = [{"prompt": "a", "bonus": 1.0}, *rows_of(*"bcdefgh" * 6)]
+
+    def reward(completions, **columns):
+        return [count + ("bonus" in columns) * 3 * count for count in count_a(None, completions)]
+
+    kwargs = {"reward": reward, "dataset": Restartable(rows), "save_steps": 1}
+    whole = trained(tmp_path / "whole", max_steps=3, **kwargs)
+    trained(tmp_path / "killed", max_steps=1, **kwargs)
+    resumed = trained(tmp_path / "killed", max_steps=3, resume_from_checkpoint="true", **kwargs)
+    assert_same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("watch", [False, True])
+@pytest.mark.parametrize("part", ["train_dataset", "eval_dataset"])
+def test_an_argument_that_no_row_has_is_refused_before_training(tmp_path, part, watch):
+    rows = {"train_dataset": [{"prompt": "a", "answer": "b"}], "eval_dataset": [{"prompt": "a", "answer": "b"}]}
+    rows[part] = [{"prompt": "a", "id": 1}]
+    functions = {"watch_funcs": [strict]} if watch else {"reward": strict}
+    kind = "watch function" if watch else "reward function"
+    with pytest.raises(
+        ValueError, match=rf"^{kind} 'strict' needs the argument `answer`, and {part} has no such column"
+    ):
+        make_trainer(tmp_path, dataset=rows["train_dataset"], eval_dataset=rows["eval_dataset"], **functions)
+
+
+# --- values of other libraries ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["torch", "numpy", None])
+def test_formatted_data_sets_give_the_same_prompts(form):
+    ids = datasets.Dataset.from_list([{"prompt": [1, 2, 3], "n": 1}, {"prompt": [4], "n": 2}]).with_format(form)
+    assert stream(ids, shuffle=False).next_batch(2).input_ids == [[1, 2, 3], [4]]
+    texts = datasets.Dataset.from_list(rows_of("ab", "c")).with_format(form)
+    assert stream(texts, shuffle=False).next_batch(2).prompts == ["ab", "c"]
+    chats = datasets.Dataset.from_list(rows_of([{"role": "user", "content": "ab"}])).with_format(form)
+    batch = PromptStream(chats, encoder(letter_tokenizer(chat_template=CHAT_TEMPLATE))).next_batch(1)
+    assert (batch.prompts, batch.input_ids) == ([[{"role": "user", "content": "ab"}]], [[1, 2, 11]])
+
+
+@pytest.mark.parametrize("ids", [(1, 2), np.array([1, 2]), torch.tensor([1, 2]), [torch.tensor(1), 2]], ids=repr)
+def test_token_ids_may_be_held_by_anything(ids):
+    assert encode({"prompt": ids}) == ("ab", [1, 2])
+
+
+@pytest.mark.parametrize("bad", [np.array([1.0]), torch.tensor([[1]]), [{"content": "a"}]], ids=repr)
+def test_other_arrays_and_dicts_are_refused(bad):
+    with pytest.raises(ValueError, match=r"^Row 0: the prompt is a list holding (float|list|dict); expected text"):
+        encode({"prompt": bad})
+
+
+def test_a_data_set_of_several_parts_is_refused_with_their_names():
+    with pytest.raises(
+        ValueError, match=r"is a DatasetDict; expected a Dataset \(one split of it\).* It has: train, test"
+    ):
+        stream(datasets.DatasetDict(train=letters(2), test=letters(2)))
+
+
+def test_a_null_row_of_a_stream_is_named():
+    with pytest.raises(ValueError, match="Row 1 of train_dataset: `prompt` is null"):
+        stream(Restartable(["a", None, "b"])).next_batch(3)
+
+
+# --- many rows at once -----------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """Calls of a tokenizer, and the texts in them."""
+
+    def __init__(self, tokenizer, monkeypatch):
+        self.texts, call = [], type(tokenizer).__call__
+
+        def counted(this, text, **kwargs):
+            self.texts.append(text)
+            return call(this, text, **kwargs)
+
+        monkeypatch.setattr(type(tokenizer), "__call__", counted)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_texts_are_tokenized_together_and_once(chat, monkeypatch, tmp_path):
+    tokenizer = letter_tokenizer(chat_template=CHAT_TEMPLATE)
+    prompts = [LETTERS[i % 11] * (1 + i % 3) for i in range(3000)]
+    rows = rows_of(*([{"role": "user", "content": p}] for p in prompts) if chat else prompts)
+    counted = Counting(tokenizer, monkeypatch)
+    trainer = make_trainer(tmp_path, dataset=rows, eval_dataset=Restartable(rows), tokenizer=tokenizer, eval_steps=1)
+    assert sum(map(len, counted.texts)) == 3000 and len(counted.texts) == 3, "batches of a thousand"
+    trainer.train()
+    assert sum(map(len, counted.texts)) == 3008, "and once for the two evaluations"
+    letter = {c: i + 1 for i, c in enumerate(LETTERS)}
+    suffix = [11] if chat else []
+    encoded = [ids for _, ids in trainer.prompts._encoded]
+    assert encoded == [[letter[c] for c in prompt] + suffix for prompt in prompts]
+
+
+def test_a_row_far_down_is_named():
+    rows = rows_of(*"a" * 2500)
+    rows[2345] = {"prompt": ""}
+    with pytest.raises(ValueError, match="^Row 2345 of train_dataset: the prompt has no tokens"):
+        stream(rows)
 
 
 # --- order and resuming ----------------------------------------------------------------------------------------------

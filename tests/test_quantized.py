@@ -209,6 +209,28 @@ def test_qlora_trains_and_leaves_the_base_as_it_is(saved, tmp_path, family, kind
     assert {layer.weight.data_ptr() for layer in quantized_layers(base)} <= own, "shared, not copied"
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_lora_critic_shares_the_quantized_base(saved, tmp_path, kind):
+    base = load(saved / "llama", kind)
+    before = base_facts(base)
+    trainer = make_trainer(tmp_path, model=base, peft_config=lora(), critic="lora", gradient_checkpointing=True)
+    model, started = trainer.actor_critic, weights(trainer)
+    trainer.train()
+    assert_same_base(base, before)
+    shared = {layer.weight.data_ptr() for layer in quantized_layers(base)}
+    assert {layer.weight.data_ptr() for layer in quantized_layers(model.critic)} == shared
+    moved = {n for n, t in weights(trainer).items() if not torch.equal(t, started[n])}
+    assert moved == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert any(n.startswith("critic") and "lora_A" in n for n in moved)
+    tokens = trainer.last_step.experience.tokens
+    ids = torch.cat([tokens.prompt_ids[0][tokens.prompt_mask[0]], tokens.completion_ids[0][tokens.completion_mask[0]]])
+    plain = dequantized(model.critic)
+    hidden = plain(ids[None], output_hidden_states=True).hidden_states[-1][0]
+    expected = (hidden @ model.value_head.weight.T + model.value_head.bias)[int(tokens.prompt_mask[0].sum()) - 1 : -1]
+    close = {"atol": 1e-4, "rtol": 1e-3} if kind == "nf4" else {"atol": 0.05, "rtol": 0.05}  # int8 rounds what it reads
+    torch.testing.assert_close(model.values(tokens)[0, : len(expected)], expected, **close)
+
+
 def test_all_but_the_quantized_layers_is_float32(saved, capsys):
     """bfloat16 around them would round what is trained, and every logit to 8 bits."""
     base = load(saved / "llama", "nf4 in bf16", bnb_4bit_quant_storage=BF16)

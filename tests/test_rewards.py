@@ -248,9 +248,6 @@ def test_forms_of_numbers_that_are_accepted(value):
         (np.zeros((2, 1)), ValueError, r"ndarray of shape \(2, 1\)"),
         ([[1.0], [2.0]], ValueError, "row 0 .*1 numbers for 3 completion tokens"),
         ([[1.0] * 3, [2.0] * 3], ValueError, "row 1 .*3 numbers for 2 completion tokens"),
-        ([True, False], TypeError, "row 0 .*True is a bool"),
-        (torch.tensor([True, False]), TypeError, "True is a bool"),
-        ([1.0, np.bool_(True)], TypeError, "row 1 .*not a number"),
         ([1.0, "2"], TypeError, "row 1 .*'2' is a str"),
         ([1.0, 2j], TypeError, "row 1 .*complex"),
         ([1.0, {"score": 2.0}], TypeError, "row 1 .*dict"),
@@ -275,7 +272,7 @@ def test_returns_that_are_refused(value, error, message):
         score(returning(value))
 
 
-@pytest.mark.parametrize("value", [torch.zeros(2, 1), [[1.0], [2.0]], None, [True, False]])
+@pytest.mark.parametrize("value", [torch.zeros(2, 1), [[1.0], [2.0]], None, ["1", 2.0]])
 def test_refusals_name_the_right_form(value):
     with pytest.raises((TypeError, ValueError), match="list with one number per completion.*list of lists"):
         score(returning(value))

@@ -105,7 +105,7 @@ def assert_same_run(trainer, reference):
 # --- exactness -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["shared", "separate", "lora"])
+@pytest.mark.parametrize("kind", ["shared", "separate", "lora", "lora critic"])
 def test_a_resumed_run_is_the_run_that_was_never_interrupted(tmp_path, uninterrupted, kind):
     """Weights, optimizer, KL coefficient, prompt order and metrics, bit for bit; step 3 is logged once."""
     reference = uninterrupted(kind)

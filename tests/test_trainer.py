@@ -289,7 +289,7 @@ UNEQUAL = ["a", "deadbeef" * 4, "kj", "b", "cafe" * 6, "c", "decade", "abc"]
         {"truncation": "bootstrap", "critic": critic_of, "kl_form": "k3_both"},
         {"truncation": "mask", "objective": "trpo", "trpo_cg_steps": 3, "trpo_damping": 1.0},
     ],
-    ids=str,
+    ids=["bootstrap", "mask", "own critic", "trpo"],
 )
 def test_groups_of_rows_of_very_unequal_lengths_change_rounding_alone(tmp_path, monkeypatch, settings):
     """Which rows are read together is nowhere in the numbers: neither in a rollout's nor in what is learned from it."""

@@ -153,7 +153,7 @@ def test_an_error_names_the_function(function):
     [
         ([1.0], ValueError, "returned 1 rewards for 2 completions"),
         (None, TypeError, "returned a NoneType"),
-        ([1.0, True], TypeError, r", row 1 \(completion 'de'\): True is a bool"),
+        ([1.0, "1"], TypeError, r", row 1 \(completion 'de'\): '1' is a str"),
         ([math.nan, 1.0], ValueError, r", row 0 \(completion 'abc'\): the reward nan"),
         ([1.0, 1.1e15], ValueError, ", row 1 .*beyond"),
         ([[1.0], 1.0], ValueError, ", row 0 .*1 numbers for 3 completion tokens"),

@@ -38,13 +38,15 @@ class ActorCritic(nn.Module):
     """Policy and critic in one module, so that one forward pass (and one DDP wrapper) serves both.
 
     Without ``critic`` they share the trunk: a linear value head, zero at first, reads the policy's last hidden state.
-    With it, the critic is a model of its own with one output per stream.
+    With it, the critic is a model of its own with one output per stream; or, if it has an adapter, a model of its own whose
+    last hidden state the value head reads.
 
     Args:
         policy: A causal language model, plain or with a peft adapter.
-        critic: ``None``, or a model with ``n_streams`` outputs for each token; see :func:`lmppo.models.critics.load_critic`.
+        critic: ``None``; or a model with ``n_streams`` outputs for each token, see :func:`lmppo.models.critics.load_critic`;
+            or a language model with an adapter, see :func:`lmppo.models.lora_critic.with_lora_critic`.
         n_streams: Number of reward streams ``K``.
-        num_layers_unfrozen: How many of the policy's top layers are trained; None: all.
+        num_layers_unfrozen: How many top layers of the policy, and of a critic with an adapter, are trained; None: all.
 
     Raises:
         UnsupportedModelError: The policy or the critic computes something else of a row in a padded batch, over a cache,
@@ -71,15 +73,19 @@ class ActorCritic(nn.Module):
         use_fused_gelu(self)
         self.language_model = LanguageModel(policy, num_layers_unfrozen=num_layers_unfrozen)
         self._masks_steps = needs_step_masks(self.language_model)
-        if critic is not None:
-            self._critic_positions = probe_critic(critic)
+        self._value_reader: LanguageModel | None = self.language_model  # whose states the value head reads
+        if critic is not None and not hasattr(critic, "peft_config"):
+            self._value_reader, self._critic_positions = None, probe_critic(critic)
             return
-        if not self.language_model.width:
+        if critic is not None:
+            self._value_reader = LanguageModel(critic, "critic", num_layers_unfrozen)
+            _freeze_beyond(self._value_reader.trunk, critic)
+        if not self._value_reader.width:
             raise UnsupportedModelError(
                 f"model is a {type(policy).__name__}, which gives no hidden states (B, S, H) for a value head: pass a "
                 f"critic of its own, critic=."
             )
-        self.value_head = nn.Linear(self.language_model.width, n_streams, dtype=torch.float32)
+        self.value_head = nn.Linear(self._value_reader.width, n_streams, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.value_head.to(next(iter(policy.parameters())).device)
@@ -94,8 +100,8 @@ class ActorCritic(nn.Module):
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """The parameters that only the value loss moves."""
-        module = self.value_head if self.critic is None else self.critic
-        return [p for p in module.parameters() if p.requires_grad]
+        modules = [module for module in (self.critic, self.value_head) if module is not None]
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
 
     def forward(
         self, tokens: Tokens, heads: Sequence[str] = HEADS, of_logits: OfLogits | None = None
@@ -133,8 +139,8 @@ class ActorCritic(nn.Module):
 
     def last_values(self, tokens: Tokens) -> Tensor:
         """``(B, K)`` values of the state after each row's last counted token."""
-        if self.critic is None:
-            return self.values_of(self.language_model.read_last(tokens).hidden)[0]
+        if self._value_reader is not None:
+            return self.values_of(self._value_reader.read_last(tokens).hidden)[0]
         aligned = Aligned.of(tokens)
         rows = torch.arange(len(aligned.last), device=aligned.last.device)
         return self._critic_everywhere(aligned.ids)[rows, aligned.last]
@@ -144,12 +150,14 @@ class ActorCritic(nn.Module):
         return Decoder(self.language_model, prompt_ids, prompt_mask, masks_steps=self._masks_steps)
 
     def values_of(self, hidden: Tensor | None) -> Tensor:
-        """The shared trunk's value head, in float32 whatever the autocast: ``(..., H) -> (..., K)``."""
-        assert hidden is not None, "a policy without hidden states has no value head"
+        """The value head, in float32 whatever the autocast: ``(..., H) -> (..., K)``."""
+        assert hidden is not None, "a model without hidden states has no value head"
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float())
 
     def _critic(self, tokens: Tokens) -> Tensor:
+        if self._value_reader is not None:
+            return self.values_of(self._value_reader.read(tokens).hidden)
         aligned = Aligned.of(tokens)
         values = self._critic_everywhere(aligned.ids[:, : max(1, aligned.ids.shape[1] - 1)])
         return values[aligned.rows, aligned.columns].unsqueeze(0)
@@ -157,6 +165,13 @@ class ActorCritic(nn.Module):
     def _critic_everywhere(self, ids: Tensor) -> Tensor:
         """``(B, W, K)`` values of the states after each token of aligned rows."""
         return self.critic(**inputs_of(ids, self._critic_positions)).logits.float()
+
+
+def _freeze_beyond(trunk: nn.Module | None, model: nn.Module) -> None:
+    """Train nothing that values do not depend on, such as an adapter on the head of a language model."""
+    beyond = set(model.parameters()) - set((trunk or model).parameters())
+    for parameter in beyond:
+        parameter.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lmppo.models.actor_critic import ActorCritic
 from lmppo.models.language_model import vocab_size_of
 from lmppo.models.loading import as_float32, print_once
+from lmppo.models.lora_critic import HEAD, LORA, with_lora_critic
 from lmppo.models.quantized import is_quantized
 from lmppo.models.token_values import as_token_values, load_token_values
 from lmppo.pretrained import UntrustedModelError, load_config, load_tokenizer
@@ -194,17 +195,18 @@ def make_actor_critic(
 
     Args:
         policy: A causal language model.
-        critic: None for a value head on the policy's trunk, or as in :func:`load_critic`.
+        critic: None for a value head on the policy's trunk; ``"lora"`` for an adapter of its own on the policy's base; or
+            as in :func:`load_critic`.
         args: The configuration.
         tokenizer: The policy's.
         n_streams: Number of reward streams.
         origin: The directory that the policy is from. A critic that another run has left there is taken over if it
-            fits and ``critic`` is None; a line says so.
+            fits and ``critic`` is None, or ``"lora"`` where that is what it is; a line says so.
         num_layers_unfrozen: How many of the policy's top layers are trained; None: all.
         trust_remote_code: Whether code that comes with the critic may run.
 
     Raises:
-        ValueError: A critic is given, and the baseline uses none; or its labels or vocabulary do not fit.
+        ValueError: A critic is given, and the baseline uses none; or it does not fit the policy.
         OSError: The critic cannot be loaded.
     """
     if not args.uses_critic:
@@ -214,6 +216,15 @@ def make_actor_critic(
         model.value_head.requires_grad_(False)
         return model
     left = _left_by_a_run(origin)
+    if isinstance(critic, str) and critic == LORA:
+        adapter = left["critic"] if _is_adapter(left.get("critic")) else None
+        return with_lora_critic(
+            policy,
+            n_streams,
+            num_layers_unfrozen=num_layers_unfrozen,
+            left=adapter,
+            trust_remote_code=trust_remote_code,
+        )
     if critic is not None:
         own = load_critic(critic, policy, n_streams, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     else:
@@ -228,8 +239,12 @@ def _left_by_a_run(origin: str) -> dict[str, Path]:
     """What of a critic lies beside a policy that another run has exported, or beside its ``adapter/``."""
     directory = Path(origin)
     places = [directory] + ([directory.parent] if (directory / "adapter_config.json").exists() else [])
-    names = ("critic", "value_head.safetensors")
+    names = ("critic", HEAD)
     return {name: place / name for place in places for name in names if origin and (place / name).exists()}
+
+
+def _is_adapter(path: Path | None) -> bool:
+    return path is not None and (path / "adapter_config.json").exists()
 
 
 def _take_over_critic(
@@ -237,6 +252,11 @@ def _take_over_critic(
 ) -> PreTrainedModel | None:
     path = left.get("critic")
     if path is None:
+        return None
+    if _is_adapter(path):
+        print_once(
+            f"Critic: a new value head, as the critic in {path} is an adapter, which critic={LORA!r} takes over."
+        )
         return None
     try:
         critic = load_critic(str(path), policy, n_streams, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
@@ -250,7 +270,7 @@ def _take_over_critic(
 
 
 def _take_over_head(left: dict[str, Path], head: nn.Linear) -> None:
-    path = left.get("value_head.safetensors")
+    path = left.get(HEAD)
     if path is None:
         return
     saved = load_file(path)

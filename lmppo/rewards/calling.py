@@ -14,9 +14,10 @@ from typing import Any
 import numpy
 import torch
 
+from lmppo.models.names import uncompiled
 from lmppo.protocols import Tokenizer
 from lmppo.rewards.classifier import ClassifierReward
-from lmppo.rewards.protocol import ENDED, TRLS_ARGUMENTS, RewardError, RewardFn
+from lmppo.rewards.protocol import ENDED, REWARD_ARGUMENTS, TRLS_ARGUMENTS, RewardError, RewardFn
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,14 @@ def _reward_error(function: Function, step: int, error: BaseException) -> Reward
 def _as_function(
     kind: str, given: Any, tokenizer: Tokenizer | None, device: torch.device | str | None, trust_remote_code: bool
 ) -> RewardFn:
+    if isinstance(given, torch.nn.Module):
+        given = _of_module(kind, given)
     if isinstance(given, str | Path | torch.nn.Module):
         return ClassifierReward(given, tokenizer, device=device, trust_remote_code=trust_remote_code)
     if not callable(given):
         raise TypeError(f"{kind} {given!r} is a {type(given).__name__}: give a callable, a path or a model.")
+    if isinstance(given, type):
+        raise TypeError(f"{kind} {given.__name__!r} is a class: give an object of it, {given.__name__}(...).")
     parameters = _parameters(given)
     missing = set(TRLS_ARGUMENTS).difference(parameters)
     if missing and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -161,12 +166,65 @@ def _as_function(
     return given
 
 
+def needed_columns(function: Function) -> list[str]:
+    """The data columns that a function cannot do without: its arguments that have no default."""
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [p for p in _parameters(function.call).values() if p.kind in by_name and p.default is p.empty]
+    return [p.name for p in needed if p.name not in REWARD_ARGUMENTS]
+
+
 def _parameters(call: RewardFn) -> Mapping[str, inspect.Parameter]:
     """A callable's parameters; a builtin without a signature may take anything."""
     try:
         return inspect.signature(call).parameters
     except ValueError:
         return {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+
+
+def _of_module(kind: str, given: torch.nn.Module) -> Any:
+    """A module by what its forward takes: the protocol's arguments, or tokens as a classifier does.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    module = uncompiled(given)
+    taken, name = inspect.signature(module.forward).parameters, type(module).__name__
+    if {"prompts", "completions", "completion_ids"} & set(taken):
+        if inspect.iscoroutinefunction(module.forward):
+            raise TypeError(f"{kind} {name!r} has an async forward: give an async function that calls the module.")
+        return ModuleReward(module)
+    if "input_ids" in taken and hasattr(module, "config"):
+        has_head = module.base_model is not module or hasattr(module, "num_labels")
+        if has_head and not module.can_generate():
+            return given
+    raise TypeError(
+        f"{kind} {name!r} is a torch module whose forward takes ({', '.join(taken)}): expected a sequence classifier of "
+        f"transformers, or a module with forward(prompts, completions, **kwargs)."
+    )
+
+
+class ModuleReward:
+    """A module whose forward follows the protocol, as a reward function: in evaluation mode and without gradients.
+
+    Args:
+        module: The module; each part of it is in its own mode again after a call.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = module
+        self.__name__ = type(module).__name__
+        self.__signature__ = inspect.signature(module.forward)
+
+    @torch.no_grad()
+    def __call__(self, **arguments: Any) -> Any:
+        """What forward returns."""
+        training = [module for module in self.module.modules() if module.training]
+        self.module.eval()
+        try:
+            return self.module(**arguments)
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _name(function: Any) -> str:
@@ -185,12 +243,14 @@ def _unique(name: str, taken: Collection[str]) -> str:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of nested lists and dicts, so that a function which edits its arguments edits only its own."""
+    """A copy of nested lists, dicts, arrays and tensors, so that a function which edits its arguments edits only its own."""
     if isinstance(value, list):
         return [_copied(item) for item in value]
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
-    return value
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    return value.copy() if isinstance(value, numpy.ndarray) else value
 
 
 @contextmanager

@@ -61,9 +61,9 @@ def _checked_row(value: Any, length: int, where: str) -> list[float] | None:
 
 
 def _checked_number(value: Any, where: str) -> float:
-    if isinstance(value, Tensor | numpy.ndarray) and value.ndim == 0:
+    if isinstance(value, numpy.bool_) or (isinstance(value, Tensor | numpy.ndarray) and value.ndim == 0):
         value = value.tolist()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if not isinstance(value, numbers.Real):  # a bool is one: True counts 1
         raise TypeError(f"{where}: {value!r} is a {type(value).__name__}, not a number. {RIGHT_FORM}.")
     number: Any = value
     if not abs(number) < math.inf:  # true of NaN as well

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmppo.config import RewardStream
 from lmppo.protocols import Tokenizer
-from lmppo.rewards.calling import Log, call_all, make_functions
+from lmppo.rewards.calling import Log, call_all, make_functions, needed_columns
 from lmppo.rewards.checks import check_totals, checked_rows
 from lmppo.rewards.protocol import RewardFn
 
@@ -155,6 +155,12 @@ class RewardSet:
     def names(self) -> list[str]:
         """The names of all functions, in the order of ``Scores.per_function``."""
         return [function.name for function in (*self._rewarding, *self._watching)]
+
+    @property
+    def needed_columns(self) -> dict[str, str]:
+        """The data columns that functions cannot do without, each with the first function that names it."""
+        functions = [*reversed(self._watching), *reversed(self._rewarding)]
+        return {column: str(function) for function in functions for column in needed_columns(function)}
 
     def describe(self) -> dict[str, list[str]]:
         """What `run_config.yaml` says of the functions: the names of those that reward and of those that watch."""

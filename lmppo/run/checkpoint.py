@@ -1,10 +1,10 @@
 """Checkpoints: everything an exact resume needs, in safetensors and JSON, checked by SHA-256, never pickled.
 
 ``checkpoints/step-000120/`` holds ``policy/`` (a Hugging Face directory, or an adapter and what of the base model is
-trained beside it), ``value_head.safetensors`` or
-``critic/``, ``optimizer.safetensors``, ``state.json``, and ``MANIFEST.json`` with every file's size and hash. It is
-written under a temporary name, and renamed when it is whole. There is no random state to save: the noise of sampling,
-prompt order and minibatch order is a function of the seed and the iteration.
+trained beside it), ``value_head.safetensors`` or ``critic/`` (a Hugging Face directory, or an adapter and its value head),
+``optimizer.safetensors``, ``state.json``, and ``MANIFEST.json`` with every file's size and hash. It is written under a
+temporary name, and renamed when it is whole. There is no random state to save: the noise of sampling, prompt order and
+minibatch order is a function of the seed and the iteration.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from lmppo.models.names import parameters_of, state_of, uncompiled
 from lmppo.pretrained import load_adapter_weights
 from lmppo.protocols import Tokenizer
 from lmppo.redaction import scrub_files
-from lmppo.run.export import save_adapter, save_critic
+from lmppo.run.export import head_file, save_adapter, save_critic
 
 FORMAT_VERSION = 2  # of run directories and their checkpoints: 2 since kl_form
 _BESIDE = "trained_beside.safetensors"  # the base model's weights that are trained beside an adapter
@@ -112,15 +112,13 @@ def load_checkpoint(source: Path, model: ActorCritic, optimizer: torch.optim.Opt
 
 
 def _load_model(model: ActorCritic, directory: Path) -> None:
-    policy = uncompiled(model.policy)
-    if hasattr(policy, "peft_config"):
-        _load_adapter(policy, directory / "policy")
-    else:
-        _load_into(policy, directory / "policy")
+    for name, part in (("policy", uncompiled(model.policy)), ("critic", uncompiled(model.critic))):
+        if hasattr(part, "peft_config"):
+            _load_adapter(part, directory / name)
+        elif part is not None:
+            _load_into(part, directory / name)
     if model.value_head is not None:
-        _put(state_of(model.value_head), load_file(directory / "value_head.safetensors"), directory)
-    else:
-        _load_into(uncompiled(model.critic), directory / "critic")
+        _put(state_of(model.value_head), load_file(head_file(model, directory)), directory)
 
 
 def _load_adapter(policy: Any, directory: Path) -> None:

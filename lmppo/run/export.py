@@ -19,6 +19,7 @@ from lmppo.models import ActorCritic, load_weights
 from lmppo.models.adapters import copy_to, merge_adapter, probe_ids, probe_logits, trained_beside
 from lmppo.models.inputs import base_of
 from lmppo.models.loading import print_once
+from lmppo.models.lora_critic import HEAD
 from lmppo.models.names import state_of, uncompiled
 from lmppo.models.quantized import is_quantized
 from lmppo.protocols import Tokenizer
@@ -58,7 +59,7 @@ def plan_export(model: ActorCritic, tokenizer: Tokenizer) -> ExportPlan:
             tokenizer.save_pretrained(directory)
         if not is_quantized(policy):
             _try_to_save(base_of(policy), directory, "model")
-        if model.critic is not None:
+        if model.critic is not None and not hasattr(model.critic, "peft_config"):
             _try_to_save(uncompiled(model.critic), directory, "critic")
         if hasattr(policy, "peft_config"):
             with _naming("peft_config", "Correct it"):
@@ -172,13 +173,20 @@ def save_adapter(policy: Any, directory: Path) -> None:
 
 
 def save_critic(model: ActorCritic, directory: Path) -> None:
-    """``value_head.safetensors``, or a critic of its own in ``critic/``."""
+    """``value_head.safetensors``, or a critic of its own in ``critic/``: a model, or an adapter and its value head."""
+    critic = uncompiled(model.critic)
+    if hasattr(critic, "peft_config"):
+        save_adapter(critic, directory / "critic")
+    elif critic is not None:
+        critic.save_pretrained(directory / "critic", state_dict=state_of(critic))
     if model.value_head is not None:
         head: dict[str, Tensor] = state_of(model.value_head)
-        save_file(head, directory / "value_head.safetensors")
-    else:
-        critic = uncompiled(model.critic)
-        critic.save_pretrained(directory / "critic", state_dict=state_of(critic))
+        save_file(head, head_file(model, directory))
+
+
+def head_file(model: ActorCritic, directory: Path) -> Path:
+    """Where a value head is saved: beside the policy, or beside the adapter whose states it reads."""
+    return (directory if model.critic is None else directory / "critic") / HEAD
 
 
 def replace_model(

@@ -12,6 +12,7 @@ from lmppo.collector import ScoredRollout
 from lmppo.config import PPOConfig
 from lmppo.launch import describe_environment
 from lmppo.models import ActorCritic
+from lmppo.models.lora_critic import LORA
 from lmppo.protocols import Stateful, Tokenizer
 from lmppo.redaction import scrub
 from lmppo.run import checkpoint as ckpt
@@ -282,7 +283,8 @@ def describe_model(model: ActorCritic) -> dict[str, Any]:
     """What `run_config.yaml` says of the model, so that a run is not continued with another one."""
     settings: dict[str, Any] = {"model_name_or_path": getattr(model.policy.config, "_name_or_path", "")}
     if model.critic is not None:
-        settings["critic"] = model.critic.config._name_or_path or type(model.critic).__name__
+        name = model.critic.config._name_or_path or type(model.critic).__name__
+        settings["critic"] = LORA if hasattr(model.critic, "peft_config") else name
     if hasattr(model.policy, "peft_config"):
         adapter = model.policy.peft_config[model.policy.active_adapter].to_dict()
         settings["adapter"] = {n: adapter.get(n) for n in ("r", "lora_alpha", "target_modules", "modules_to_save")}

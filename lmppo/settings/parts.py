@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from lmppo.setting_rules import (
     BASELINES,
@@ -64,6 +65,15 @@ class RolloutSettings(Settings):
         None, "Completions sampled at a time on each process; affects memory and speed only (default: all)."
     )
     shuffle_dataset: bool = knob(True, "Shuffle the prompts, in a new order each epoch.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings(Settings):
+    """How prompts become tokens."""
+
+    chat_template_kwargs: dict[str, Any] | str | None = knob(
+        None, "Arguments of the chat template; as JSON on the command line: '{\"enable_thinking\": false}'."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,18 @@ from lmppo.settings.parts import (
     ObjectiveSettings,
     OptimizerSettings,
     PassSettings,
+    PromptSettings,
     RolloutSettings,
     RunSettings,
     SamplingSettings,
     TRPOSettings,
     TruncationSettings,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSettings(SamplingSettings, PromptSettings):
+    """What the encoder of prompts may touch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ RUNS = {
     "shared": {},
     "separate": {"critic_learning_rate": 2e-2},
     "lora": {"ent_coef": 0.05, "top_p": 0.9, "learning_rate": 3e-2, "kl_form": "k3_both"},
+    "lora critic": {"critic_learning_rate": 2e-2, "gradient_checkpointing": True, "ent_coef": 0.05},
+    "lora critic, warm-up": {"critic_warmup_steps": 1, "critic_epochs": 3, "num_layers_unfrozen": 1},
     "untied": {"kl_form": "k2_loss", "truncation": "mask"},
     "head": {"kl_form": "exact_both", "learning_rate": 3e-2},
     "warm-up": {"critic_warmup_steps": 1, "weight_decay": 0.1, "target_kl": 10.0, "kl_target": 0.05, "kl_horizon": 40},
@@ -57,10 +60,13 @@ def note_lengths(prompts, completions, number, log_extra, log_metric, **kwargs):
 
 def arguments_of(name):
     """The models: heads that are trained by themselves, or by an adapter, among others."""
-    if name not in ("untied", "head"):
-        return build_policy_arguments(name if name in ("separate", "lora") else "shared")
     adapter = LoraConfig(r=2, target_modules=["c_attn", "lm_head"], task_type="CAUSAL_LM")
-    return {"model": gpt2(tie_word_embeddings=False), "peft_config": adapter if name == "head" else None}
+    if name in ("untied", "head"):
+        return {"model": gpt2(tie_word_embeddings=False), "peft_config": adapter if name == "head" else None}
+    if name.startswith("lora critic"):  # with a head that no value depends on; with top layers alone
+        top = replace(adapter, target_modules=["c_attn"], layers_to_transform=[1])
+        return {"critic": "lora", "peft_config": adapter if name == "lora critic" else top}
+    return build_policy_arguments(name if name in ("separate", "lora") else "shared")
 
 
 def build(output_dir, name) -> PPOTrainer:

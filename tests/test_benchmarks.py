@@ -1,0 +1,203 @@
+"""The benchmarks run, their tables go where they belong, and their formulas count what is there."""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2LMHeadModel
+
+ROOT = Path(__file__).parent.parent
+TABLES = {
+    "speed": ("speed",),
+    "memory": ("memory", "fits"),
+    "scaling": ("scaling",),
+    "profile_iteration": ("profile",),
+}
+QUICK = {
+    "speed": ["--workloads", "W3", "W4", "--rounds", "2", "--iterations", "1"],
+    "scaling": ["--sizes", "batch", "layers", "--iterations", "1"],
+    "profile_iteration": ["--workloads", "W2", "--iterations", "1"],
+}
+TINY = {"layers": 2, "width": 16, "heads": 2, "vocab": 64, "batch": 4, "length": 4, "prompt": (5, 5)}
+
+
+@pytest.fixture(autouse=True)
+def beside_the_scripts(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.chdir(tmp_path)
+
+
+def module(name):
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("script", TABLES)
+def test_a_script_runs_and_replaces_its_tables(script, tmp_path):
+    page = tmp_path / "page.md"
+    markers = [f"<!-- bench:{name} -->\nold\n<!-- /bench:{name} -->" for name in TABLES[script]]
+    page.write_text("\n".join(["before", *markers, "after"]) + "\n")
+    module(script).main(["--smoke", "--threads", "1", "--markdown", str(page), *QUICK.get(script, [])])
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "\nold\n" not in text
+    for name in TABLES[script]:
+        inside = text.partition(f"<!-- bench:{name} -->")[2].partition(f"<!-- /bench:{name} -->")[0]
+        assert "| --- |" in inside and "threads: 1" in inside and f"torch {torch.__version__}" in inside
+        assert json.loads(Path(f"runs/benchmarks/{name}.json").read_text())
+
+
+def test_the_pages_have_places_for_all_tables():
+    places = {"docs/speed.md": ("speed", "scaling", "profile"), "docs/memory.md": ("memory", "fits")}
+    assert {name for names in places.values() for name in names} == {
+        name for names in TABLES.values() for name in names
+    }
+    for page, names in places.items():
+        text = (ROOT / page).read_text()
+        assert [name for name in names if text.count(f"<!-- bench:{name} -->") == 1] == list(names)
+        assert [name for name in names if text.count(f"<!-- /bench:{name} -->") == 1] == list(names)
+
+
+def test_a_page_without_a_place_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench:speed -->\n")
+    with pytest.raises(ValueError, match="/bench:speed"):
+        module("measuring").write("speed", {}, "text", page)
+    assert page.read_text() == "<!-- bench:speed -->\n"
+
+
+def test_a_job_in_a_process_of_its_own(tmp_path):
+    work = {**TINY, "eos_probability": 0.2, "unfrozen": 1, "epochs": 2}
+    result = module("measuring").run_job("lmppo", {"work": work, "iterations": 2}, threads=1)
+    assert result["threads"] == 1 and result["peak_gb"] > result["loaded_gb"] > 0.1
+    assert len(result["rows"]) == 2
+    for row in result["rows"]:
+        assert 0 < row["generate"] and 0 < row["reference"] and 0 < row["update"] and row["probe"] > 0
+        assert row["generate"] + row["reference"] + row["update"] < row["seconds"]
+        assert 4 <= row["tokens"] <= 16
+
+
+def test_a_system_that_fails_is_shown():
+    speed, measuring = module("speed"), module("measuring")
+    failed = measuring.run_job("of_nobody", {}, threads=1)
+    assert "run_of_nobody.py" in failed["error"]
+    good = {"rows": [{"seconds": 2.0, "tokens": 8, "probe": 1.0}], "peak_gb": 1.0, "loaded_gb": 0.5}
+    slower = good | {"rows": [{"seconds": 6.0, "tokens": 8, "probe": 1.0}]}
+    rows = speed.rows_of(
+        "W2", {"lmppo": [good, failed], "trl_classic": [slower, good], "trl_experimental": [failed] * 2}
+    )
+    assert rows[0][2].startswith("2; 1 of 2 failed: ")
+    assert rows[1][2:5] == ["4 (2..6)", "3", "3"], "ratios are taken within rounds that both have"
+    assert rows[2][2].startswith("2 of 2 failed: ") and failed["error"] in rows[2][2]
+
+
+def test_memory_is_what_a_process_holds():
+    measuring = module("measuring")
+    before = measuring.memory_now("cpu")
+    measuring.reset_peak("cpu")
+    torch.ones(50_000_000)
+    assert measuring.peak_memory("cpu") - before == pytest.approx(200e6, rel=0.1)
+    measuring.reset_peak("cpu")
+    assert measuring.peak_memory("cpu") - before < 100e6
+
+
+@pytest.mark.parametrize("setting", [{}, {"critic": True}, {"lora": True}], ids=["shared", "critic", "lora"])
+def test_the_formula_counts_what_a_trainer_holds(setting):
+    footprint, run_lmppo, workloads = module("footprint"), module("run_lmppo"), module("workloads")
+    work = workloads.Workload(**TINY)
+    model = workloads.make_model(work)
+    critic = {"critic": run_lmppo.make_critic(work)} if "critic" in setting else {}
+    trainer = run_lmppo.make_trainer(
+        model,
+        work,
+        lambda completion_ids, **_: [float(ids[0]) for ids in completion_ids],
+        settings={"use_cpu": True},
+        lora="lora" in setting,
+        **critic,
+    )
+    trainer.step()
+    part = trainer.actor_critic
+    policy = {p.data_ptr(): p for p in part.policy.parameters()}
+    learning = [p for p in part.parameters() if p.grad is not None]
+    moments = [t for state in trainer.optimizer.state.values() for name, t in state.items() if name != "step"]
+    own = [p for p in trainer.reference.model.parameters() if p.data_ptr() not in policy]
+    held = {
+        "policy": policy.values(),
+        "critic": [p for p in part.parameters() if p.data_ptr() not in policy],
+        "gradients": learning,
+        "optimizer": moments,
+        "reference": [] if "lora" in setting else own,  # its copy of the adapter is a percent of a percent
+    }
+    sizes = {"batch": work.batch, "micro_batch": work.batch, "prompt": 5, "length": work.length}
+    terms = footprint.footprint(work.config, footprint.Setting(**setting), 0.0, **sizes)
+    assert {name: terms[name] for name in held} == {name: sum(4 * t.numel() for t in ts) for name, ts in held.items()}
+
+
+def test_the_formula_counts_well_known_models():
+    """The sizes that the models' cards give."""
+    footprint, memory = module("footprint"), module("memory")
+    known = (124_439_808, 494_032_768, 1_235_814_400, 1_543_714_304, 7_615_616_512, 8_030_261_248)
+    counts = [footprint.parameters(config, footprint.Setting())["policy"] for config in memory.SHAPES.values()]
+    assert tuple(counts) == known
+
+
+def test_what_autograd_keeps_of_a_gpt2():
+    """At least what products and attention read; at most that and every step of GELU and the norms. By the critic twice."""
+    footprint, workloads = module("footprint"), module("workloads")
+    config = workloads.Workload(**(TINY | {"width": 64})).config
+    kept = footprint.kept_per_token(config, footprint.Setting())
+    assert 14 <= kept / (4 * 64) <= 32
+    both = footprint.kept_per_token(config, footprint.Setting(critic=True))
+    assert both == pytest.approx(2 * kept, rel=0.02)
+
+
+def test_useful_arithmetic_is_that_of_a_forward_pass():
+    """Against torch's counter, which counts attention to later tokens as well."""
+    workloads = module("workloads")
+    work = workloads.Workload(**TINY, epochs=3)
+    config = work.config
+    config._attn_implementation = "eager"
+    model = GPT2LMHeadModel(config)
+    read = 5 + 4 - 1
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(4, read, dtype=torch.long), logits_to_keep=4)
+    later = 4 * read * 4 * 2 * 16 * (read - (5 + 4) / 2)
+    flops = workloads.useful_flops(work)
+    assert flops["reference"] == flops["generate"] == counter.get_total_flops() - later
+    assert flops["update"] == 9 * flops["reference"]
+
+
+def test_the_completions_of_w3_end_as_often_as_said():
+    workloads = module("workloads")
+    work = dataclasses.replace(workloads.WORKLOADS["W3"], layers=2)
+    model = workloads.make_model(work)
+    with torch.no_grad():
+        ends = model(torch.tensor([workloads.make_prompts(work, 1)[0]])).logits.softmax(dim=-1)[0, :, 0]
+    assert ends.mean().item() == pytest.approx(1 / 14, rel=0.15)
+
+
+def test_a_power_law_is_found():
+    scaling = module("scaling")
+    exponent, error = scaling.power_law([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)])
+    assert exponent == pytest.approx(1.5) and error == pytest.approx(0.0, abs=1e-6)
+    _, error = scaling.power_law([1, 2, 4, 8], [1, 2, 3, 8])
+    assert 0.05 < error < 0.5
+
+
+def test_the_environments_of_the_others_are_made_once(tmp_path, monkeypatch):
+    environments, calls = module("environments"), []
+
+    def run(command, check):
+        calls.append(command)
+        Path(command[-1] if "venv" in command else tmp_path).mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    python = environments.python_of("trl_classic", tmp_path)
+    assert python == tmp_path / "trl_classic" / "bin" / "python" and "trl==0.11.4" in calls[1]
+    environments.python_of("trl_classic", tmp_path)
+    assert len(calls) == 2
+    assert environments.python_of("lmppo", tmp_path) == sys.executable
