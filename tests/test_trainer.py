@@ -302,7 +302,7 @@ def test_groups_of_rows_of_very_unequal_lengths_change_rounding_alone(tmp_path, 
             dataset=[{"prompt": p} for p in UNEQUAL],
             micro_batch_size=n,
             adam_epsilon=0.1,
-            max_completion_length=16,
+            max_completion_length=6,
             **made,
         )
         with_values(trainer.actor_critic)
@@ -311,7 +311,7 @@ def test_groups_of_rows_of_very_unequal_lengths_change_rounding_alone(tmp_path, 
         runs.append(weights(trainer))
         groups.append(len(list(rollouts[-1].micro_batches(n))))
     assert groups[0] == 1 < min(groups[1:]) < max(groups)
-    assert not rollouts[0].ended.all() and rollouts[0].ended.any()
+    assert rollouts[0].ended.any() and rollouts[0].ended.logical_not().sum() > 2
     assert settings["truncation"] == "mask" or rollouts[0].bootstrap_values.any()
     for run, rollout in zip(runs[1:], rollouts[1:], strict=True):
         for name, tensor in run.items():
