@@ -29,7 +29,10 @@ def test_fixed_seeds_give_what_they_give_on_a_cpu(name, tmp_path):
         assert row == pytest.approx(recorded, rel=2e-3, abs=2e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_layers_unfrozen": 1}, {"gradient_checkpointing": True}])
+SETTINGS = [{}, {"num_layers_unfrozen": 1}, {"gradient_checkpointing": True}, {"critic": "lora", "peft_config": lora()}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
 def test_a_resumed_run_is_the_run_that_was_not_killed(settings, tmp_path):
     whole = trained(tmp_path / "whole", max_steps=4, use_cpu=False, **settings)
     trained(tmp_path / "parts", max_steps=2, use_cpu=False, **settings)
