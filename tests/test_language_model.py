@@ -132,8 +132,9 @@ def test_what_cannot_be_split_keeps_its_own_forward():
 
 def test_a_trunk_is_itself_again_after_its_head_was_asked():
     model = gpt2().eval()
-    tokens, before = batch(), own_forward(model, batch()).detach()
-    ActorCritic(model).logits(tokens)
+    actor_critic, tokens = ActorCritic(model), batch()
+    before = own_forward(model, tokens).detach()
+    actor_critic.logits(tokens)
     assert "forward" not in vars(model.transformer)
     own = model.transformer.forward
     model.transformer.forward = lambda *args, **kwargs: own(*args, **kwargs)  # as accelerate's hooks do
