@@ -529,7 +529,8 @@ DOOR = ROOT / "lmppo" / "pretrained.py"
 LOADERS = {"from_pretrained", "load_adapter", "load_peft_weights", "snapshot_download", "hf_hub_download", "cached_file",
            "get_class_from_dynamic_module", "pipeline", "from_single_file", "load_checkpoint_in_model",
            "load_checkpoint_and_dispatch", "clone_chat_template", "create_model_from_path", "load_state"}  # fmt: skip
-OURS = {("lmppo/models/loading.py", "load_adapter")}  # of lmppo.models.adapters, which comes back to the door
+# Of lmppo.models.adapters, which comes back to the door.
+OURS = {("lmppo/models/loading.py", "load_adapter"), ("lmppo/models/lora_critic.py", "load_adapter")}
 
 
 def bypasses(path, source):
