@@ -40,7 +40,7 @@ class FrozenLayers:
         if not stacks:
             raise self.unsupported(f"it has no list of {n_layers} layers")
         self.layers: list[Any] = list(stacks[0])[: n_layers - n_trained]
-        self._others: tuple[Any, ...] | None = None
+        self._n_others: int | None = None  # what the layers give beside their states, if they give a tuple
 
     def unsupported(self, reason: str) -> UnsupportedModelError:
         """The error that says why a model cannot be used so."""
@@ -70,10 +70,10 @@ class FrozenLayers:
         finally:
             handle.remove()
         output = reached[0] if reached else None
-        hidden, *others = output if isinstance(output, tuple) else (output,)
-        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or any(other is not None for other in others):
-            raise self.unsupported("its layers hand on more than hidden states")
-        self._others = tuple(others) if isinstance(output, tuple) else None
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            raise self.unsupported("its layers hand on something else than hidden states (B, S, H)")
+        self._n_others = len(output) - 1 if isinstance(output, tuple) else None
         return hidden
 
     @contextlib.contextmanager
@@ -81,7 +81,7 @@ class FrozenLayers:
         """Within it the lower layers answer these states ``(B, W, H)``, whatever they are given; None: they compute."""
         with contextlib.ExitStack() as stack:
             if hidden is not None:
-                output = hidden if self._others is None else (hidden, *self._others)
+                output = hidden if self._n_others is None else (hidden, *[None] * self._n_others)
                 for layer in self.layers:
                     stack.enter_context(answering(layer, output))
             yield
