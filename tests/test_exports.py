@@ -25,6 +25,7 @@ from test_references import CASES
 from transformers import AutoModelForCausalLM
 
 from lmppo.models import ActorCritic
+from lmppo.models.activations import use_fused_gelu
 from lmppo.models.adapters import copy_to, merge_adapter
 from lmppo.run.checkpoint import checkpoint_dir, load_checkpoint, optimizer_tensors, save_checkpoint
 from lmppo.run.directory import discard_unsaved
@@ -40,6 +41,8 @@ KINDS = [
 
 
 def logits(model):
+    """By the activation functions of the policy that is trained, so that its weights alone decide about every bit."""
+    use_fused_gelu(model)
     with torch.no_grad():
         return model.eval()(input_ids=IDS).logits
 
