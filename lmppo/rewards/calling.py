@@ -14,7 +14,6 @@ from typing import Any
 import numpy
 import torch
 
-from lmppo.models.names import uncompiled
 from lmppo.protocols import Tokenizer
 from lmppo.rewards.classifier import ClassifierReward
 from lmppo.rewards.protocol import ENDED, REWARD_ARGUMENTS, TRLS_ARGUMENTS, RewardError, RewardFn
@@ -187,6 +186,8 @@ def _of_module(kind: str, given: torch.nn.Module) -> Any:
     Raises:
         TypeError: It is neither.
     """
+    from lmppo.models.names import uncompiled  # lmppo.models needs transformers, which rewards do not
+
     module = uncompiled(given)
     taken, name = inspect.signature(module.forward).parameters, type(module).__name__
     if {"prompts", "completions", "completion_ids"} & set(taken):
