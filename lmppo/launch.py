@@ -1,5 +1,6 @@
 """The accelerator of a run, and what launchers may do that would make its numbers wrong."""
 
+import atexit
 import os
 from typing import Any
 
@@ -60,12 +61,24 @@ def make_accelerator(args: PPOConfig, *, evaluates: bool) -> Accelerator:
             f"data parallelism (--multi_gpu), and LoRA (--use_peft) to save memory."
         )
     args.check_processes(accelerator.num_processes, evaluates=evaluates)
+    if accelerator.num_processes > 1:
+        atexit.register(_end_process_group)
     if accelerator.mixed_precision == "bf16" and not args.bf16:
         accelerator.print("Forward passes run in bfloat16, as the launcher or an earlier Accelerator says, not bf16.")
     if args.cpu_threads is not None and accelerator.device.type == "cpu":
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(args.cpu_threads or max(1, share))
     return accelerator
+
+
+def _end_process_group() -> None:
+    """End the process group while Python still runs.
+
+    A thread of the group that asks for the interpreter's lock when Python is already shutting down aborts the process
+    ("terminate called without an active exception"), and then the launcher reports a finished run as failed.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _check_launch(args: PPOConfig) -> None:

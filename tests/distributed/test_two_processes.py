@@ -177,6 +177,11 @@ def test_what_one_process_asks_for_both_do(tmp_path):
     verify_checkpoint(checkpoint_dir(folder, 3))
 
 
+def test_the_process_group_ends_before_python_does(folders):
+    """Else a thread of the group can abort a process whose run has finished."""
+    assert [(folders[1] / f"group-{rank}").read_text() for rank in (0, 1)] == ["ended", "ended"]
+
+
 def test_an_error_in_a_callback_of_one_process_ends_both(tmp_path):
     finished = launch(tmp_path, "fail_in_callback")
     assert finished.returncode != 0

@@ -1,6 +1,8 @@
 """What each process of the two-process tests runs: ``worker.py OUTPUT_DIR SCENARIO``."""
 
+import atexit
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +205,11 @@ def ask(root):
     (root / f"ask-{trainer.accelerator.process_index}.json").write_text(json.dumps(notes))
 
 
+def note_the_group_at_exit(root):
+    """Called when Python ends, after what lmppo does then."""
+    (root / f"group-{os.environ['RANK']}").write_text("alive" if torch.distributed.is_initialized() else "ended")
+
+
 def fail_in_callback(root):
     """A callback of the second process breaks."""
 
@@ -217,6 +224,7 @@ def fail_in_callback(root):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
+    atexit.register(note_the_group_at_exit, folder)
     if sys.argv[2] != "train":
         {"gradients": gradients, "fail": fail, "ask": ask, "fail_in_callback": fail_in_callback}[sys.argv[2]](folder)
     else:
