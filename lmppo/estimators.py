@@ -1,5 +1,6 @@
 """From a rollout to the rewards, advantages and returns the update needs: the math of `lmppo.functional`, by name."""
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from lmppo.config import RewardStream
 from lmppo.functional import (
     batch_mean_baseline,
     explained_variance,
+    explained_variance_within_prompts,
     gae,
     immediate_rewards,
     kl_shaped_rewards,
@@ -155,7 +157,8 @@ def estimate(
         metrics["critic/trusted"] = sum(relied) / len(relied)
     if config.uses_critic:
         sampled = torch.stack([view.sampled_returns for view in views]).sum(dim=0)
-        metrics["critic/explained_variance"] = explained_variance(rollout.values.sum(dim=-1), sampled, mask).item()
+        shares = explained_variances(rollout.values.sum(dim=-1), sampled, mask, rollout.tokens.prompt_numbers)
+        metrics |= {f"critic/{name}": share for name, share in shares.items()}
     variance = masked_var(advantages, mask).item()
     metrics |= {"advantage/mean": masked_mean(advantages, mask).item(), "advantage/std": variance**0.5}
     scale = 1.0
@@ -171,6 +174,20 @@ def estimate(
         )
     returns = torch.stack([_critic_targets(view, config) for view in views], dim=-1)
     return Estimate(mask, advantages, returns, scale, metrics)
+
+
+def explained_variances(values: Tensor, returns: Tensor, mask: Tensor, prompts: Tensor) -> dict[str, float]:
+    """What the critic explains of the batch's returns, and of those within prompts if two tokens can be compared.
+
+    Args:
+        values: ``(B, T)`` at sampling.
+        returns: ``(B, T)`` what is to be explained.
+        mask: ``(B, T)`` the tokens that count.
+        prompts: ``(B,)`` the same number for completions of the same prompt.
+    """
+    shares = {"explained_variance": explained_variance(values, returns, mask).item()}
+    within = explained_variance_within_prompts(values, returns, mask, prompts).item()
+    return shares if math.isnan(within) else shares | {"explained_variance_within_prompts": within}
 
 
 def _learned(rollout: Rollout, config: EstimatorSettings) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lmppo.collector import ScoredRollout
-from lmppo.functional import explained_variance, masked_mean, masked_var
+from lmppo.estimators import explained_variances
+from lmppo.functional import masked_mean, masked_var
 
 
 def rollout_metrics(scored: ScoredRollout, *, kl_coef: float) -> dict[str, float]:
@@ -49,20 +50,21 @@ def completion_columns(scored: ScoredRollout) -> dict[str, list]:
     return scores | {"kl": scored.rollout.kl_to_ref.sum(dim=1).tolist(), **scored.extras}
 
 
-def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor) -> dict[str, float]:
+def critic_metrics(values: Tensor, returns: Tensor, mask: Tensor, prompts: Tensor) -> dict[str, float]:
     """How good the critic was when the batch was sampled, and what it will be taught.
 
     Args:
         values: ``(B, T, K)`` at sampling.
         returns: ``(B, T, K)`` the targets.
         mask: ``(B, T)``.
+        prompts: ``(B,)`` the same number for completions of the same prompt.
     """
     value, target = values.sum(dim=-1), returns.sum(dim=-1)
     return {
         "return/mean": masked_mean(target, mask).item(),
         "return/std": masked_var(target, mask).sqrt().item(),
         "value/mean": masked_mean(value, mask).item(),
-        "explained_variance": explained_variance(value, target, mask).item(),
+        **explained_variances(value, target, mask, prompts),
     }
 
 

@@ -54,6 +54,13 @@ class Tokens(Record):
         """``(B,)`` counted tokens of each completion."""
         return self.completion_mask.sum(dim=1)
 
+    @property
+    def prompt_numbers(self) -> Tensor:
+        """``(B,)`` int64, the same number for rows whose prompts have the same tokens."""
+        prompts = torch.where(self.prompt_mask, self.prompt_ids, -1)
+        numbers: Tensor = torch.unique(prompts, dim=0, return_inverse=True)[1]
+        return numbers
+
     def counted_ids(self) -> list[list[int]]:
         """The counted tokens of each completion."""
         pairs = zip(self.completion_ids.cpu(), self.completion_mask.cpu(), strict=True)

@@ -266,10 +266,11 @@ class PPOTrainer:
 
         # 5. Record.
         row = rollout_metrics(scored, kl_coef=kl_coef) | stats | estimated.metrics
-        row |= critic_metrics(rollout.values, estimated.returns, rollout.completion_mask)
-        n_tokens, seconds = int(rollout.completion_mask.sum()), time.perf_counter() - started
+        tokens = rollout.tokens
+        row |= critic_metrics(rollout.values, estimated.returns, tokens.completion_mask, tokens.prompt_numbers)
+        n_tokens, seconds = int(tokens.completion_mask.sum()), time.perf_counter() - started
         self.run.num_tokens += n_tokens
-        self.state.num_input_tokens_seen += n_tokens + int(rollout.tokens.prompt_mask.sum())
+        self.state.num_input_tokens_seen += n_tokens + int(tokens.prompt_mask.sum())
         row |= {"learning_rate": lr, "critic_learning_rate": critic_lr, "num_tokens": self.run.num_tokens}
         row |= {"tokens_per_second": n_tokens / seconds, "time/rollout": sampled - started}
         row |= {"time/update": seconds - (sampled - started)}

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from builders import critic_of, make_trainer, metrics_rows
+from builders import count_a, critic_of, make_trainer, metrics_rows
 from test_docs import documented_metrics
 from test_records import make_rollout
 
@@ -75,16 +75,53 @@ def test_critic_metrics_by_hand():
     mask = mask_of("110", "100")
     values = torch.tensor([[1.0, 2.0, 7.0], [3.0, 7.0, 7.0]])[..., None]
     returns = torch.tensor([[2.0, 2.0, 9.0], [6.0, 9.0, 9.0]])[..., None]
-    row = critic_metrics(values, returns, mask)
     errors, targets = [1.0, 0.0, 3.0], [2.0, 2.0, 6.0]
-    assert row == pytest.approx(
-        {
-            "return/mean": np.mean(targets),
-            "return/std": np.std(targets),
-            "value/mean": 2.0,
-            "explained_variance": 1 - np.var(errors) / np.var(targets),
-        }
-    )
+    expected = {
+        "return/mean": np.mean(targets),
+        "return/std": np.std(targets),
+        "value/mean": 2.0,
+        "explained_variance": 1 - np.var(errors) / np.var(targets),
+    }
+    assert critic_metrics(values, returns, mask, torch.tensor([0, 1])) == pytest.approx(expected)
+    # of one prompt: the first tokens' errors, 1 and 3, lie 1 from their mean, and the returns 2 and 6 lie 2 from theirs
+    expected["explained_variance_within_prompts"] = 1 - 1**2 / 2**2
+    assert critic_metrics(values, returns, mask, torch.tensor([4, 4])) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_within_prompts_a_run_reports_what_its_record_says(tmp_path, streams):
+    """Groups of two, and prompts that return within the batch: by text, in plain Python, streams summed."""
+    more = {"reward_streams": [{"name": n, "reward_funcs": [count_a]} for n in "ab"]} if streams == 2 else {}
+    prompts = [{"prompt": p} for p in ("a", "bcd", "ab")]
+    trainer = make_trainer(
+        tmp_path, dataset=prompts, critic=critic_of(num_labels=streams), num_generations=2, lam=0.5, max_steps=1,
+        rollout_batch_size=16, **more,
+    )  # fmt: skip
+    row = trainer.step()
+    step = trainer.last_step
+    rollout, mask = step.scored.rollout, step.scored.rollout.completion_mask
+    to_go = step.rewards.sum(dim=-1).flip(1).cumsum(1).flip(1)
+
+    def within(returns):
+        places = {}
+        for i, prompt in enumerate(step.scored.prompts):
+            for t in range(int(mask[i].sum())):
+                pair = (returns[i, t].item(), (returns[i, t] - rollout.values[i, t].sum()).item())
+                places.setdefault((prompt, t), []).append(pair)
+        spreads = [len(pairs) * np.var(pairs, axis=0) for pairs in places.values()]
+        total, unexplained = np.sum(spreads, axis=0)
+        assert len(places) < mask.sum() and total > 0
+        return 1 - unexplained / total
+
+    name = "explained_variance_within_prompts"
+    assert row[name] == pytest.approx(within(step.experience.returns.sum(dim=-1)), abs=1e-4)
+    assert row[f"critic/{name}"] == pytest.approx(within(to_go), abs=1e-4)
+    assert abs(row[name] - row["explained_variance"]) > 1e-3
+
+
+def test_prompts_that_never_return_have_no_variance_within(tmp_path):
+    row = make_trainer(tmp_path, dataset=[{"prompt": p} for p in "abcdefgh"], max_steps=1).step()
+    assert "explained_variance" in row and not [name for name in row if name.endswith("within_prompts")]
 
 
 def test_padding_changes_no_metric(rollout):
@@ -101,10 +138,11 @@ def test_padding_changes_no_metric(rollout):
     narrow_row = rollout_metrics(scored(rollout, functions), kl_coef=0.1)
     assert rollout_metrics(scored(wide, functions), kl_coef=0.1) == pytest.approx(narrow_row)
     returns = torch.randn(3, 4, 1)
-    narrow_row = critic_metrics(rollout.values, returns, rollout.completion_mask)
-    assert critic_metrics(wide.values, pad(returns, ("B", "T", "K")), wide.completion_mask) == pytest.approx(
-        narrow_row, rel=1e-5, abs=1e-6
-    )
+    same, wide_same = rollout.tokens.prompt_numbers, wide.tokens.prompt_numbers
+    assert torch.equal(same, wide_same)
+    narrow_row = critic_metrics(rollout.values, returns, rollout.completion_mask, same)
+    wide_row = critic_metrics(wide.values, pad(returns, ("B", "T", "K")), wide.completion_mask, wide_same)
+    assert wide_row == pytest.approx(narrow_row, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize(

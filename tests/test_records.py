@@ -52,6 +52,13 @@ def test_kl_to_ref_is_the_log_ratio_of_counted_tokens():
     assert rollout.tokens.lengths.tolist() == [2, 1]
 
 
+def test_prompts_are_the_same_if_their_tokens_are_whatever_pads():
+    ids, completion = torch.tensor([[7, 1, 2], [9, 1, 2], [0, 0, 2], [0, 1, 2], [0, 2, 1]]), torch.zeros(5, 1).long()
+    tokens = Tokens(ids, mask_of("011", "011", "001", "111", "011"), completion, completion.bool())
+    numbers = tokens.prompt_numbers.tolist()
+    assert numbers[0] == numbers[1] and len(set(numbers)) == 4
+
+
 def tensors(record, path=""):
     """Every tensor of a record by its full name, those of the records within it too."""
     found = {}

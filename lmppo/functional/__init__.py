@@ -13,6 +13,7 @@ What can be known exactly about a small problem is in :mod:`lmppo.functional.exa
 
 from lmppo.functional.advantages import (
     explained_variance,
+    explained_variance_within_prompts,
     gae,
     immediate_rewards,
     length_adaptive_lam,
@@ -62,6 +63,7 @@ __all__ = [
     "clipped_value_loss",
     "exact_kl",
     "explained_variance",
+    "explained_variance_within_prompts",
     "gae",
     "immediate_rewards",
     "importance_sampled_loss",

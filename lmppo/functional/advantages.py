@@ -9,10 +9,13 @@ values; the losses treat what comes out as constants.
 Background: docs/notes.md, "Trajectories" to "A smaller gamma", and "GAE".
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from lmppo.functional._inputs import (
+    check_dtype,
     check_float,
     check_masked,
     check_masked_over_time,
@@ -252,7 +255,53 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """
     check_masked("explained_variance", mask, values=values, returns=returns)
     total = masked_var(returns, mask)
-    unexplained = masked_var(zero_masked(returns, mask) - zero_masked(values, mask), mask)
+    return _share_explained(masked_var(zero_masked(returns, mask) - zero_masked(values, mask), mask), total)
+
+
+def explained_variance_within_prompts(values: Tensor, returns: Tensor, mask: Tensor, prompts: Tensor) -> Tensor:
+    """The share of the returns' variance among completions of the same prompt that the critic foresaw.
+
+    ``1 - S[returns - values] / S[returns]``, ``S[x] = sum over counted tokens of (x - c)^2``, and c is the mean of x over
+    the tokens at the same position (the n-th counted token) of all completions of the same prompt
+
+    :func:`explained_variance` without what can be known before a token is read: how good the prompt is, and how far the
+    completion has come. 1: a perfect critic; 0: values that depend on nothing but the prompt and the position, such as
+    each prompt's average; below 0: the critic adds noise. A token that no other completion of its prompt has at its
+    position tells nothing and counts for nothing. Where the returns within all prompts are equal the answer is 0, as there;
+    where no two tokens can be compared, as with one completion per prompt, it is NaN.
+
+    Args:
+        values: (B, T), the critic's estimates, made before it was fitted to ``returns``.
+        returns: (B, T), what was observed, usually from :func:`rewards_to_go` or :func:`gae`.
+        mask: (B, T) completion mask, True = the token counts.
+        prompts: (B,) int64, the same number for completions of the same prompt.
+
+    Returns:
+        A 0-d tensor.
+
+    Raises:
+        TypeError: A tensor has the wrong dtype.
+        ValueError: Shapes do not fit.
+    """
+    name = "explained_variance_within_prompts"
+    check_masked_over_time(name, mask, values=values, returns=returns)
+    check_dtype(name, torch.long, prompts=prompts)
+    check_shape(name, mask.shape[:1], "one number per row of mask", prompts=prompts)
+    places = torch.stack([prompts[:, None].expand(mask.shape), mask.cumsum(dim=1)], dim=-1)[mask]
+    _, place, counts = torch.unique(places, dim=0, return_inverse=True, return_counts=True)
+
+    def centered(x: Tensor) -> Tensor:
+        for _ in range(2):  # the second pass removes the rounding error of the first, so constants give 0
+            x = x - (x.new_zeros(len(counts)).index_add(0, place, x) / counts)[place]
+        return x
+
+    observed, foreseen = centered(widen(returns[mask])), centered(widen(values[mask]))
+    share = _share_explained((observed - foreseen).square().sum(), observed.square().sum())
+    return torch.where((counts > 1).any(), share, math.nan)
+
+
+def _share_explained(unexplained: Tensor, total: Tensor) -> Tensor:
+    """``1 - unexplained / total``, always finite, and 0 where there is nothing to explain."""
     constant = total == 0
     share = unexplained / torch.where(constant, 1.0, total)
     return torch.where(constant, 0.0, 1.0 - share.clamp(max=torch.finfo(share.dtype).max))

@@ -6,6 +6,7 @@ recursions over masked tensors.
 
 import math
 import statistics
+from fractions import Fraction
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ragged import compressed, mask_of, modest, numbers, ragged, random_batch, t
 
 from lmppo.functional import (
     explained_variance,
+    explained_variance_within_prompts,
     gae,
     immediate_rewards,
     rewards_to_go,
@@ -378,6 +380,84 @@ def test_explained_variance_is_always_finite():
     assert explained_variance(values, torch.tensor([[0.0, math.nan, 1.0]]), mask).isnan()
 
 
+def test_explained_variance_within_prompts_by_hand():
+    """Two prompts of two completions: deviations from the mean at each position, +-1 and +-3, then +-2; a token alone."""
+    mask = mask_of("11.", "11.", "1.1", "1..")  # the second token of the third row stands behind a gap
+    returns = tensor([[4.0, 10.0, 99.0], [6.0, 16.0, 99.0], [9.0, 99.0, 70.0], [5.0, 99.0, 99.0]])
+    averages = tensor([[5.0, 13.0, 99.0], [5.0, 13.0, 99.0], [7.0, 99.0, -3.0], [7.0, 99.0, 99.0]])
+    prompts = torch.tensor([8, 8, -1, -1])
+
+    def explained(values):
+        return explained_variance_within_prompts(values, returns, mask, prompts).item()
+
+    assert explained(returns) == 1.0
+    assert explained(averages) == 0.0, "prompt and position alone"
+    assert explained(torch.full_like(returns, 5.0)) == 0.0
+    assert explained((returns + averages) / 2) == 0.75, "half of every deviation"
+    assert explained(2 * averages - returns) == -3.0
+    foreseen = averages.clone()
+    foreseen[:2, 1] = returns[:2, 1]
+    assert explained(foreseen) == 1 - 10 / 28, "2 * (1^2 + 2^2) is left of 2 * (1^2 + 3^2 + 2^2)"
+    foreseen[2, 2] = 1e6
+    assert explained(foreseen) == 1 - 10 / 28, "a token that no other completion can be compared with"
+
+
+def test_a_critic_of_the_prompts_average_explains_nothing_within_prompts():
+    """To the last bit in float32, where means of equal numbers are rounded; more noise, a smaller share."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.arange(7).repeat(9)
+    mask = torch.arange(11) < torch.randint(1, 12, (63, 1), generator=generator)
+    average = torch.randn(7, generator=generator)[prompts][:, None].expand(63, 11)
+    luck = 0.3 * torch.randn(63, 11, generator=generator)
+    noise = torch.randn(63, 11, generator=generator)
+    returns = average + luck
+    assert explained_variance(average, returns, mask) > 0.8
+    assert explained_variance_within_prompts(average, returns, mask, prompts).item() == 0.0
+    assert explained_variance_within_prompts(returns, returns, mask, prompts).item() == 1.0
+    better = [explained_variance_within_prompts(average + share * luck, returns, mask, prompts) for share in (0.3, 0.6)]
+    assert better == pytest.approx([1 - 0.7**2, 1 - 0.4**2], abs=1e-4)
+    assert explained_variance_within_prompts(average + noise, returns, mask, prompts) < -1
+    assert explained_variance_within_prompts(noise, average, mask, prompts).item() == 0.0, "nothing to explain"
+
+
+@modest
+@given(ragged(count=3, max_rows=5), st.integers(1, 3))
+def test_explained_variance_within_prompts_equals_brute_force(batch, n_prompts):
+    """Token by token in exact fractions; whatever a critic knows of prompt and position changes nothing."""
+    mask, values, returns, known = batch
+    prompts = torch.arange(len(mask)) * 5 % n_prompts
+    places = {}
+    for row, keep in enumerate(mask):
+        for position, t in enumerate(keep.nonzero()[:, 0].tolist()):
+            places.setdefault((prompts[row].item(), position), []).append((row, t))
+
+    def squares(x):
+        groups = [[Fraction(x[i, t].item()) for i, t in group] for group in places.values()]
+        return sum((y - sum(group) / len(group)) ** 2 for group in groups for y in group)
+
+    got = explained_variance_within_prompts(values, returns, mask, prompts).item()
+    if all(len(group) == 1 for group in places.values()):
+        assert math.isnan(got)
+    elif squares(returns) == 0:
+        assert got == 0.0
+    else:
+        assert got == pytest.approx(float(1 - squares(returns - values) / squares(returns)), abs=1e-9)
+        for (prompt, position), group in places.items():
+            for row, t in group:
+                values[row, t] += known[prompt % len(known), position]
+        again = explained_variance_within_prompts(values, returns, mask, prompts).item()
+        assert again == pytest.approx(got, abs=1e-9)
+
+
+def test_one_completion_per_prompt_has_nothing_within_prompts():
+    """NaN, and no number that looks like one; the same where no token counts, or where there is no row."""
+    x, mask = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    assert explained_variance_within_prompts(x, x, mask, torch.tensor([0, 1, 2])).isnan()
+    assert explained_variance_within_prompts(x, x, ~mask, torch.tensor([0, 0, 0])).isnan()
+    assert explained_variance_within_prompts(x[:0], x[:0], mask[:0], torch.tensor([0])[:0]).isnan()
+    assert explained_variance_within_prompts(x, x, mask, torch.tensor([0, 1, 0])).item() == 1.0
+
+
 # --- Errors
 
 
@@ -404,3 +484,9 @@ def test_bad_arguments():
         gae(x, torch.zeros(2, 4), mask)
     with pytest.raises(ValueError, match=r"gae: mask must have shape \(B, T\), got \(3,\)"):
         gae(x[0], x[0], mask[0])
+    for prompts, error in (
+        (torch.zeros(2), TypeError(r"prompts must be a torch.int64 tensor, got a torch.float32 tensor")),
+        (torch.zeros(3).long(), ValueError(r"prompts must have shape \(2,\) \(one number per row of mask\)")),
+    ):
+        with pytest.raises(type(error), match=f"explained_variance_within_prompts: {error}"):
+            explained_variance_within_prompts(x, x, mask, prompts)
