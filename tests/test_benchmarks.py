@@ -3,14 +3,20 @@
 import dataclasses
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2LMHeadModel
+
+from lmppo import PPOConfig, PPOTrainer
+from lmppo.prompts import load_tokenizer
+from reward_models import load
 
 ROOT = Path(__file__).parent.parent
 TABLES = {
@@ -18,6 +24,7 @@ TABLES = {
     "memory": ("memory", "fits"),
     "scaling": ("scaling",),
     "profile_iteration": ("profile",),
+    "best_of_n": ("best-of-n",),
 }
 QUICK = {
     "speed": ["--workloads", "W3", "W4", "--rounds", "2", "--iterations", "1"],
@@ -53,6 +60,7 @@ def test_a_script_runs_and_replaces_its_tables(script, tmp_path):
 
 def test_the_pages_have_places_for_all_tables():
     places = {"docs/speed.md": ("speed", "scaling", "profile"), "docs/memory.md": ("memory", "fits")}
+    places["docs/results.md"] = ("best-of-n",)
     assert {name for names in places.values() for name in names} == {
         name for names in TABLES.values() for name in names
     }
@@ -186,6 +194,58 @@ def test_a_power_law_is_found():
     assert exponent == pytest.approx(1.5) and error == pytest.approx(0.0, abs=1e-6)
     _, error = scaling.power_law([1, 2, 4, 8], [1, 2, 3, 8])
     assert 0.05 < error < 0.5
+
+
+def test_the_first_of_n_draws_is_the_recipes_evaluation(tmp_path, monkeypatch):
+    """The same prompts, tokens, rewards and shares of distinct pairs; choosing among draws starts from there."""
+    best_of_n, job = module("best_of_n"), yaml.safe_load((ROOT / "recipes/configs/tiny_reviews.yaml").read_text())
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    tokenizer = load_tokenizer(str(ROOT / job["model_name_or_path"]))
+    train, held_out = module("prompt_data").load_prompts(job["dataset_name"], tokenizer, job["prompt_tokens"])
+    settings = {name: job[name] for name in ("max_completion_length", "kl_coef", "seed")}
+    trainer = PPOTrainer(
+        model=str(ROOT / job["model_name_or_path"]),
+        reward_funcs=[load(name) for name in job["reward_funcs"]],
+        watch_funcs=[load(name) for name in job["watch_funcs"]],
+        args=PPOConfig(output_dir=str(tmp_path), eval_completions=6, use_cpu=True, **settings),
+        train_dataset=train,
+        eval_dataset=held_out,
+    )
+    expected = trainer.evaluate()
+    prompts = [list(row) for row in held_out["prompt"][:6]]
+    one = best_of_n.measure([1], prompts, job["max_completion_length"], job["kl_coef"], 0)[1]
+    names = {"kl": "kl_to_ref", "reward": "reward", "objective": "rlhf_reward", "distinct_2": "distinct_2"}
+    names["vader"] = "rewards/lexicon/mean"
+    assert {name: one[name] for name in names} == pytest.approx(
+        {name: expected[f"eval_{metric}"] for name, metric in names.items()}, abs=1e-4
+    )
+    many = best_of_n.measure([1, 2, 4], prompts, job["max_completion_length"], job["kl_coef"], 0)
+    assert many[1]["distinct_2"] == one["distinct_2"] and many[1]["reward"] < many[2]["reward"] < many[4]["reward"]
+    assert many[4]["objective"] == pytest.approx(many[4]["reward"] - job["kl_coef"] * (math.log(4) - 3 / 4))
+
+
+def test_the_best_of_each_group_is_kept():
+    best_of_n = module("best_of_n")
+    rewards = torch.tensor([[1.0, 5.0], [3.0, 2.0], [-1.0, 0.0], [-2.0, 4.0]])
+    assert best_of_n.best_draws(rewards, 1).tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
+    assert best_of_n.best_draws(rewards, 2).tolist() == [[1, 0], [2, 3]]
+    assert best_of_n.best_draws(rewards, 4).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 64])
+def test_the_bound_is_the_kl_where_no_two_samples_are_equal(n):
+    """Of a uniform number, the density of the largest of n is n * u^(n - 1)."""
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    density = n * u ** (n - 1)
+    assert module("best_of_n").kl_bound(n) == pytest.approx(
+        (density * density.log()).nan_to_num().mean().item(), abs=1e-6
+    )
+
+
+def test_sizes_that_do_not_divide_the_largest_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        module("best_of_n").main(["--sizes", "3", "4"])
+    assert "--sizes [3, 4]: each must be 1 or more and divide the largest." in capsys.readouterr().err
 
 
 def test_the_environments_of_the_others_are_made_once(tmp_path, monkeypatch):
