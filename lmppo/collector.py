@@ -90,6 +90,10 @@ class Collector:
         self.accelerator = accelerator
         self.precision = compute_precision(self.actor_critic.policy, accelerator.mixed_precision)
         self.trainer_state = trainer_state
+        if not (self.actor_critic.packs and reference.packs):
+            accelerator.print(
+                "Short completions are padded, not packed: the models cannot tell rows apart by positions."
+            )
 
     def collect(self, prompts: PromptBatch, iteration: int, *, purpose: int = ROLLOUT) -> ScoredRollout:
         """Sample one completion for each prompt of a global batch, score it, and gather the whole record.

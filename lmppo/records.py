@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lmppo.axes import Record, axes
+from lmppo.groups import GROUP_COST, cheapest_groups
 from lmppo.support import Support
 
 
@@ -27,6 +27,8 @@ class Tokens(Record):
         completion_mask: ``(B, T)`` True on the sampled tokens that count, EOS included.
         below: ``(B, W, H)`` what frozen lower layers compute of each row, from its first token on; None where there are
             none.
+        line_length: The length of the lines in which a model is to read several rows, one behind the other; 0: it reads
+            each row as a line.
     """
 
     prompt_ids: Tensor = axes("B P", torch.long)
@@ -34,6 +36,7 @@ class Tokens(Record):
     completion_ids: Tensor = axes("B T", torch.long)
     completion_mask: Tensor = axes("B T", torch.bool)
     below: Tensor | None = axes("B W H", optional=True)
+    line_length: int = 0
 
     @property
     def input_ids(self) -> Tensor:
@@ -101,48 +104,20 @@ class TokenRecord(Record):
 
         return self.map(pick)
 
-    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Self]]:
-        """The rows in groups of similar length: which rows, and their record.
+    def micro_batches(self, size: int, *, packs: bool = False) -> Iterator[tuple[Tensor, Self]]:
+        """The rows in groups whose passes cost least: which rows, and their record.
 
         Args:
             size: How many of the longest rows make a group; of shorter rows as many as have no more tokens with padding.
+            packs: Whether the models that read them can read several rows one behind the other.
         """
-        lengths = self.tokens.attention_mask.sum(dim=1)
-        group_cost = GROUP_COST["cpu" if lengths.device.type == "cpu" else "accelerator"]
-        for group in length_groups(lengths.tolist(), size, group_cost):
-            rows = torch.tensor(group, device=lengths.device)
-            yield rows, self.rows(rows)
-
-
-GROUP_COST = {"cpu": 128, "accelerator": 4096}
-"""What a pass over one more group costs, in tokens: accelerators wait for their kernels to be launched."""
-
-
-def length_groups(lengths: list[int], size: int, group_cost: int) -> list[list[int]]:
-    """Rows in groups whose passes cost least: a group costs its rows times its longest, and ``group_cost``.
-
-    Args:
-        lengths: Tokens of each row.
-        size: How many of the longest rows a group may have; of shorter ones as many as take no more tokens.
-        group_cost: In tokens.
-
-    Returns:
-        The numbers of each group's rows, in order; the group of the shortest rows first.
-    """
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    widths = np.array([lengths[row] for row in order])
-    budget = size * widths[-1]
-    best, start = np.zeros(len(order) + 1), [0] * (len(order) + 1)
-    for end in range(1, len(order) + 1):
-        padded = (end - np.arange(end)) * widths[end - 1]
-        costs = np.where(padded <= budget, best[:end] + padded + group_cost, np.inf)
-        start[end] = int(costs.argmin())
-        best[end] = costs[start[end]]
-    groups, end = [], len(order)
-    while end:
-        groups.append(sorted(order[start[end] : end]))
-        end = start[end]
-    return groups[::-1]
+        read = (self.tokens.attention_mask.sum(dim=1) - 1).clamp(min=1)  # the last token is never read
+        group_cost = GROUP_COST["cpu" if read.device.type == "cpu" else "accelerator"]
+        groups, line_length = cheapest_groups(read.tolist(), size, group_cost, packs=packs)
+        for group in groups:
+            rows = torch.tensor(group, device=read.device)
+            record = self.rows(rows)
+            yield rows, replace(record, tokens=replace(record.tokens, line_length=line_length))
 
 
 def spread(numbers: Tensor, mask: Tensor) -> Tensor:

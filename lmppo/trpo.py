@@ -199,7 +199,9 @@ class PolicyBatch:
         self.parameters = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
         _check_differentiable(language_model.model, self.parameters)
         own_rows = experience.rows(slice(accelerator.process_index, None, accelerator.num_processes))
-        self.micros = [micro for _, micro in own_rows.micro_batches(config.micro_batch_size)]
+        self.micros = [
+            micro for _, micro in own_rows.micro_batches(config.micro_batch_size, packs=language_model.packs)
+        ]
         self.vocab_size = language_model.vocab_size
         self.n_tokens = max(1, int(experience.completion_mask.sum()))
         self.config, self.accelerator = config, accelerator

@@ -163,7 +163,8 @@ def accumulate_gradients(
     n_tokens = int(minibatch.completion_mask.sum())
     own_rows = minibatch.rows(slice(accelerator.process_index, None, accelerator.num_processes))
     seen: list[Sums] = []
-    micros = [micro for _, micro in own_rows.micro_batches(config.micro_batch_size)]
+    packs = accelerator.unwrap_model(model).packs and (penalties.reference is None or penalties.reference.packs)
+    micros = [micro for _, micro in own_rows.micro_batches(config.micro_batch_size, packs=packs)]
     for i, micro in enumerate(micros):
         with accelerator.no_sync(model) if i + 1 < len(micros) else nullcontext():
             with accelerator.autocast(), recomputing(model):

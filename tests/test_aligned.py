@@ -10,6 +10,7 @@ from test_probe import ENCODER, ENDS, lfm2, made, mamba, roberta
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    GPT2Model,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
@@ -20,10 +21,11 @@ from transformers import (
     RobertaForTokenClassification,
 )
 
+from lmppo.groups import GROUP_COST
 from lmppo.models import ActorCritic, Reference, score_tokens, score_values
 from lmppo.models.inputs import Aligned
 from lmppo.prompts import pad_left
-from lmppo.records import GROUP_COST, TokenRecord, Tokens
+from lmppo.records import TokenRecord, Tokens
 from lmppo.support import Support
 
 ROUNDING = {"atol": 2e-5, "rtol": 1e-4}  # float32, other matrix shapes
@@ -165,12 +167,99 @@ def test_log_probabilities_and_values_in_groups_go_back_to_their_rows(size, monk
             torch.testing.assert_close(values[i, t], own_values[state] if counted else torch.zeros(1), **ROUNDING)
 
 
+THREE = [([5, 6], [7, 8, 9], "101"), ([4], [3, 2], "00"), ([2], [9], "1")]
+
+
 def test_where_each_state_lies():
-    aligned = Aligned.of(tokens_of([([5, 6], [7, 8, 9], "101"), ([4], [3, 2], "00"), ([2], [9], "1")], filler=EOS))
+    aligned = Aligned.of(tokens_of(THREE, filler=EOS), whole=True)
     assert aligned.ids[0].tolist() == [5, 6, 7, 8, 9], "up to the longest row's last counted token"
     assert aligned.ids[1, 0] == 4 and aligned.ids[2, :2].tolist() == [2, 9]
-    assert aligned.rows.tolist() == [0, 0, 2] and aligned.columns.tolist() == [1, 3, 0]
-    assert aligned.last.tolist() == [4, 0, 1]
+    assert aligned.lines.tolist() == [0, 0, 2] and aligned.columns.tolist() == [1, 3, 0]
+    assert aligned.last_lines.tolist() == [0, 1, 2] and aligned.last_columns.tolist() == [4, 0, 1]
+    assert Aligned.of(tokens_of(THREE)).ids.tolist()[0] == [5, 6, 7, 8], "the last token is not read"
+
+
+def test_where_each_state_lies_in_packed_rows():
+    rows = [*THREE, ([10, 11], [3], "1")]
+    aligned = Aligned.of(dataclasses.replace(tokens_of(rows), line_length=5), whole=True)
+    assert aligned.packed and aligned.ids[0].tolist() == [5, 6, 7, 8, 9]
+    assert aligned.ids[1].tolist() == [10, 11, 3, 2, 9] and aligned.places[1].tolist() == [0, 1, 2, 0, 1]
+    assert aligned.ids[2, 0] == 4 and aligned.rows.tolist() == [[0] * 5, [3, 3, 3, 2, 2], [1] * 5]
+    assert aligned.lines.tolist() == [0, 0, 1, 1] and aligned.columns.tolist() == [1, 3, 3, 1]
+    assert aligned.last_lines.tolist() == [0, 2, 1, 1] and aligned.last_columns.tolist() == [4, 0, 4, 2]
+
+
+PACKS = {"gpt2", "llama", "neox", "a sliding window"}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_packed_rows_have_the_numbers_they_have_alone_where_the_model_tells_them_apart(name):
+    model = with_values(ActorCritic(POLICIES[name]()))
+    assert model.packs == (name in PACKS)
+    if model.packs:
+        tokens = dataclasses.replace(tokens_of(ROWS), line_length=20)
+        assert Aligned.of(tokens).packed and len(Aligned.of(tokens).ids) < len(ROWS)
+        assert_each_row_is_its_own(model, tokens)
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_and_so_do_the_values_of_a_critic_of_its_own(name):
+    model = ActorCritic(POLICIES["gpt2"](), CRITICS[name]())
+    assert model.packs == (name != "positions from 2 on"), "both must"
+    if model.packs:
+        assert_each_row_is_its_own(model, dataclasses.replace(tokens_of(ROWS), line_length=20))
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "a sliding window"])
+def test_packed_rows_have_the_gradient_of_rows_apart(name, kernel):
+    model = with_values(ActorCritic(POLICIES[name]()))
+    model.policy.set_attn_implementation(kernel)
+    found = []
+    for packed in (False, True):
+        tokens = dataclasses.replace(tokens_of(ROWS), line_length=20 * packed)
+        model.zero_grad()
+        out = model(tokens, of_logits=lambda logits, part: (logits.log_softmax(-1).square().sum(), {}))
+        (out["logits"][0] + out["values"].square().sum()).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    for n, gradient in found[0].items():
+        torch.testing.assert_close(found[1][n], gradient, atol=1e-4 * gradient.abs().max().item(), rtol=1e-4)
+
+
+def test_a_model_without_a_mask_that_takes_a_token_for_padding_is_not_packed():
+    """With a mask of ones it reads that token as any other."""
+
+    class Guessing(GPT2Model):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+            if attention_mask is None and input_ids is not None:
+                input_ids = input_ids.masked_fill(input_ids == self.config.pad_token_id, 3)
+            return super().forward(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    policy = randomised(gpt2())
+    policy.config.pad_token_id = 1
+    assert ActorCritic(policy).packs
+    policy.transformer.__class__ = Guessing
+    assert not ActorCritic(policy).packs
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("cost", [0, 3, 10_000])
+def test_packed_groups_go_back_to_their_rows_and_no_line_is_read_for_nothing(size, cost, monkeypatch):
+    monkeypatch.setitem(GROUP_COST, "cpu", cost)
+    model, tokens = with_values(ActorCritic(POLICIES["llama"]())), tokens_of(ROWS)
+    record = TokenRecord(tokens, Support.of_all(*tokens.completion_mask.shape))
+    groups = list(record.micro_batches(size, packs=True))
+    assert sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(range(len(ROWS)))
+    assert all(len(Aligned.of(micro.tokens).ids) <= max(size, 1) for _, micro in groups if micro.tokens.line_length)
+    assert {micro.tokens.line_length for _, micro in groups} == ({20} if cost else {0}) or size > 1
+    logprobs, values = score_tokens(Reference(model.policy), record, 0.7, size), score_values(model, record, size)
+    for i, row in enumerate(ROWS):
+        own_logits, own_values = alone(model, row)
+        for t, counted in enumerate(tokens.completion_mask[i]):
+            state = len(row[0]) - 1 + t
+            expected = (own_logits[state] / 0.7).log_softmax(-1)[row[1][t]] if counted else torch.tensor(0.0)
+            torch.testing.assert_close(logprobs[i, t], expected, **ROUNDING)
+            torch.testing.assert_close(values[i, t], own_values[state] if counted else torch.zeros(1), **ROUNDING)
 
 
 def test_tokens_that_are_put_there_are_read_and_what_follows_the_last_counted_one_is_not():
@@ -190,7 +279,7 @@ def test_tokens_that_are_put_there_are_read_and_what_follows_the_last_counted_on
 
 def test_the_record_is_not_written_to():
     tokens = tokens_of(ROWS)
-    before = [getattr(tokens, f.name) for f in dataclasses.fields(tokens)]
+    before = [getattr(tokens, f.name) for f in dataclasses.fields(tokens) if "axes" in f.metadata]
     copies = [None if x is None else x.clone() for x in before]
     model = ActorCritic(POLICIES["gpt2"]())
     model.logits(tokens), model.values(tokens), model.last_values(tokens)

@@ -99,7 +99,7 @@ def test_padded_rows_are_those_of_the_plain_model(build):
 
 
 def test_what_the_models_tell_of_themselves():
-    assert LanguageModel(gpt2().eval()).positions == Positions(0)
+    assert LanguageModel(gpt2().eval()).positions == Positions(0, packs=True)
     assert LanguageModel(roberta()).positions == Positions(2, padding_id=1)
     assert LanguageModel(mamba()).positions == Positions(None)
     assert LanguageModel(opt_350m()).width == 8, "what its head reads, not config.hidden_size"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from builders import with_mask
 
-from lmppo.records import Experience, Rollout, Tokens, length_groups, spread
+from lmppo.groups import cheapest_groups, length_groups, pack_lines
+from lmppo.records import Experience, Rollout, Tokens, spread
 from lmppo.support import Support, pack
 
 
@@ -242,3 +243,35 @@ def test_one_row_is_one_group_and_equal_rows_are_groups_of_the_size():
     for size in (1, 2, 4):
         sizes = [len(group) for group in length_groups([500] * 10, size, COST)]
         assert sum(sizes) == 10 and max(sizes) <= size and len(sizes) == -(-10 // size)
+
+
+@pytest.mark.parametrize("longest", [1, 8, 200])
+def test_lines_hold_every_row_once_and_no_two_of_them_would_fit_into_one(longest):
+    for seed in range(12):
+        lengths = random_lengths(30, longest, seed)
+        lines = pack_lines(lengths, longest)
+        filled = [sum(lengths[row] for row in line) for line in lines]
+        assert sorted(itertools.chain(*lines)) == list(range(30)) and max(filled) <= longest
+        assert len(filled) == 1 or sum(sorted(filled)[:2]) > longest
+        few = sorted(itertools.chain(*lines[1::2]))
+        again = pack_lines([lengths[row] for row in few], longest)
+        assert [[few[i] for i in line] for line in again] == lines[1::2], "of these rows alone the lines are the same"
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_rows_are_packed_where_that_costs_less(size):
+    seen = set()
+    for seed in range(30):
+        lengths = [40] * (seed % 7) + random_lengths(9, 40, seed)
+        apart, _ = cheapest_groups(lengths, size, 10, packs=False)
+        groups, line_length = cheapest_groups(lengths, size, 10, packs=True)
+        assert apart == length_groups(lengths, size, 10)
+        cost = sum(len(g) * max(lengths[i] for i in g) + 10 for g in apart)
+        lines = pack_lines(lengths, max(lengths))
+        packed_cost = len(lines) * max(lengths) + 10 * -(-len(lines) // size)
+        assert line_length == (max(lengths) if packed_cost < cost else 0)
+        assert sorted(itertools.chain(*groups)) == list(range(len(lengths)))
+        if line_length:
+            assert all(len(pack_lines([lengths[i] for i in group], line_length)) <= size for group in groups)
+        seen.add(line_length > 0)
+    assert True in seen and cheapest_groups([40] * 6, size, 10, packs=True)[1] == 0

@@ -30,7 +30,8 @@ from transformers import TrainerCallback
 
 from lmppo import PPOTrainer
 from lmppo.checks import NonFiniteError, StepZeroError
-from lmppo.records import GROUP_COST
+from lmppo.groups import GROUP_COST
+from lmppo.models.inputs import Aligned
 from lmppo.rewards import RewardError
 from lmppo.run.checkpoint import list_checkpoints
 
@@ -288,17 +289,19 @@ UNEQUAL = ["a", "deadbeef" * 4, "kj", "b", "cafe" * 6, "c", "decade", "abc"]
         {"truncation": "mask", "kl_form": "exact_both"},
         {"truncation": "bootstrap", "critic": critic_of, "kl_form": "k3_both"},
         {"truncation": "mask", "objective": "trpo", "trpo_cg_steps": 3, "trpo_damping": 1.0},
+        {"truncation": "bootstrap", "num_layers_unfrozen": 1, "kl_form": "exact_loss"},
     ],
-    ids=["bootstrap", "mask", "own critic", "trpo"],
+    ids=["bootstrap", "mask", "own critic", "trpo", "frozen layers"],
 )
 def test_groups_of_rows_of_very_unequal_lengths_change_rounding_alone(tmp_path, monkeypatch, settings):
     """Which rows are read together is nowhere in the numbers: neither in a rollout's nor in what is learned from it."""
     runs, rollouts, groups = [], [], []
-    for n, cost in ((8, 10**6), (3, 1), (1, 128)):
+    for n, cost, packs in ((8, 10**6, False), (3, 1, False), (1, 128, False), (2, 128, True), (8, 128, True)):
         monkeypatch.setitem(GROUP_COST, "cpu", cost)
+        monkeypatch.setattr("lmppo.models.probe.reads_packed", lambda *args, packs=packs: packs)
         made = {name: value() if callable(value) else value for name, value in settings.items()}
         trainer = make_trainer(
-            tmp_path / str(n),
+            tmp_path / f"{n}-{packs}",
             dataset=[{"prompt": p} for p in UNEQUAL],
             micro_batch_size=n,
             adam_epsilon=0.1,
@@ -309,8 +312,9 @@ def test_groups_of_rows_of_very_unequal_lengths_change_rounding_alone(tmp_path, 
         rollouts.append(trainer.collector.collect(trainer.prompts.next_batch(8), 0).rollout)
         trainer.train()
         runs.append(weights(trainer))
-        groups.append(len(list(rollouts[-1].micro_batches(n))))
-    assert groups[0] == 1 < min(groups[1:]) < max(groups)
+        groups.append([micro.tokens for _, micro in rollouts[-1].micro_batches(n, packs=packs)])
+    assert [len(micros) for micros in groups][0] == 1 < min(map(len, groups[1:4])) < max(map(len, groups))
+    assert [any(Aligned.of(tokens).packed for tokens in micros) for micros in groups] == [False] * 3 + [True] * 2
     assert rollouts[0].ended.any() and rollouts[0].ended.logical_not().sum() > 2
     assert settings["truncation"] == "mask" or rollouts[0].bootstrap_values.any()
     for run, rollout in zip(runs[1:], rollouts[1:], strict=True):

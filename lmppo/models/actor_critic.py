@@ -4,7 +4,7 @@ Dropout is off everywhere, always: the modules stay in evaluation mode, in train
 learning see the same function and the first ratio is 1.
 
 Axes: ``B`` sequences, ``P`` prompt positions, ``T`` completion positions, ``N`` counted tokens of all sequences,
-``W`` positions of aligned rows, ``H`` hidden, ``V`` vocabulary, ``K`` reward streams.
+``L`` lines and ``W`` positions of aligned rows, ``H`` hidden, ``V`` vocabulary, ``K`` reward streams.
 """
 
 from collections.abc import Sequence
@@ -94,6 +94,12 @@ class ActorCritic(nn.Module):
         """Stay in evaluation mode: dropout is off everywhere."""
         return super().train(False)
 
+    @property
+    def packs(self) -> bool:
+        """Whether policy and critic can read several rows one behind the other."""
+        critic = self._critic_positions if self._value_reader is None else self._value_reader.positions
+        return self.language_model.packs and critic.packs
+
     def policy_parameters(self) -> list[nn.Parameter]:
         """The parameters the policy loss may move."""
         return [p for p in self.policy.parameters() if p.requires_grad]
@@ -141,9 +147,8 @@ class ActorCritic(nn.Module):
         """``(B, K)`` values of the state after each row's last counted token."""
         if self._value_reader is not None:
             return self.values_of(self._value_reader.read_last(tokens).hidden)[0]
-        aligned = Aligned.of(tokens)
-        rows = torch.arange(len(aligned.last), device=aligned.last.device)
-        return self._critic_everywhere(aligned.ids)[rows, aligned.last]
+        aligned = Aligned.of(tokens, whole=True)
+        return self._critic_everywhere(aligned)[aligned.last_lines, aligned.last_columns]
 
     def decoder(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decoder:
         """The policy's cache over left-padded prompts ``(B, P)``, to be fed token by token."""
@@ -159,12 +164,11 @@ class ActorCritic(nn.Module):
         if self._value_reader is not None:
             return self.values_of(self._value_reader.read(tokens).hidden)
         aligned = Aligned.of(tokens)
-        values = self._critic_everywhere(aligned.ids[:, : max(1, aligned.ids.shape[1] - 1)])
-        return values[aligned.rows, aligned.columns].unsqueeze(0)
+        return self._critic_everywhere(aligned)[aligned.lines, aligned.columns].unsqueeze(0)
 
-    def _critic_everywhere(self, ids: Tensor) -> Tensor:
-        """``(B, W, K)`` values of the states after each token of aligned rows."""
-        return self.critic(**inputs_of(ids, self._critic_positions)).logits.float()
+    def _critic_everywhere(self, aligned: Aligned) -> Tensor:
+        """``(L, W, K)`` values of the states after each token of aligned rows."""
+        return self.critic(**inputs_of(aligned, self._critic_positions)).logits.float()
 
 
 def _freeze_beyond(trunk: nn.Module | None, model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmppo.groups import pack_lines
 from lmppo.records import Tokens
 
 
@@ -22,10 +23,12 @@ class Positions:
         first: The position of a row's first token; None: the model is told no positions.
         padding_id: A token that is never counted, wherever it stands, and is at ``first - 1``: the padding of RoBERTa and
             the models after it. None: every token counts.
+        packs: Whether several texts may stand in one row, one behind the other, told apart by their positions alone.
     """
 
     first: int | None = 0
     padding_id: int | None = None
+    packs: bool = False
 
     def of(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         """``position_ids (B, S)`` as an argument of the model, if it is told any: each token's place among those there.
@@ -49,39 +52,81 @@ class Positions:
 class Aligned:
     """Rows of tokens, each from its first token on: all padding is behind them, where a causal model does not look.
 
-    So every row is read as if it were alone, and no mask has to hide anything.
+    So every row is read as if it were alone, and no mask has to hide anything. Packed rows stand in ``L`` lines, one behind
+    the other; else each row is a line.
 
     Attributes:
-        ids: ``(B, W)`` the tokens, and behind them whatever.
-        rows: ``(N,)`` the row of each counted token, row by row.
+        ids: ``(L, W)`` the tokens, and behind them whatever.
+        rows: ``(L, W)`` the row that each token belongs to.
+        places: ``(L, W)`` its place in that row.
+        packed: Whether any line has several rows.
+        lines: ``(N,)`` the line of each counted token, row by row.
         columns: ``(N,)`` the column of the state before it.
-        last: ``(B,)`` the column of each row's last token.
+        last_lines: ``(B,)`` the line of each row's last token.
+        last_columns: ``(B,)`` its column.
     """
 
     ids: Tensor
     rows: Tensor
+    places: Tensor
+    packed: bool
+    lines: Tensor
     columns: Tensor
-    last: Tensor
+    last_lines: Tensor
+    last_columns: Tensor
 
     @classmethod
-    def of(cls, tokens: Tokens) -> "Aligned":
-        """The prompts with their completions up to their last counted tokens."""
+    def of(cls, tokens: Tokens, *, whole: bool = False) -> "Aligned":
+        """The prompts with their completions up to their last counted tokens.
+
+        Args:
+            tokens: The rows.
+            whole: Whether the last tokens are to be read as well; else the last columns are those of the tokens before.
+        """
         there = tokens.attention_mask
-        lengths = there.sum(dim=1)
+        lengths = there.sum(dim=1) if whole else (there.sum(dim=1) - 1).clamp(min=1)
+        rows, places, line, start, packed = _lay_out(lengths, tokens.line_length)
         order = torch.argsort((~there).to(torch.uint8), dim=1, stable=True)
-        ids = tokens.input_ids.gather(1, order)[:, : int(lengths.max())]
+        ids = tokens.input_ids.gather(1, order)[rows, places]
         place = there.cumsum(dim=1)[:, tokens.prompt_ids.shape[1] :] - 1
-        rows, times = tokens.completion_mask.nonzero(as_tuple=True)
-        return cls(ids, rows, place[rows, times] - 1, lengths - 1)
+        counted, times = tokens.completion_mask.nonzero(as_tuple=True)
+        columns = start[counted] + place[counted, times] - 1
+        return cls(ids, rows, places, packed, line[counted], columns, line, start + lengths - 1)
 
 
-def inputs_of(ids: Tensor, positions: Positions) -> dict[str, Any]:
-    """The arguments of a model's forward pass over aligned rows ``(B, W)``.
+def _lay_out(lengths: Tensor, line_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """Rows and places ``(L, W)``; each row's line and first column ``(B,)``; whether any line has several rows."""
+    device, longest = lengths.device, int(lengths.max())
+    width = max(longest, line_length)
+    lines = pack_lines(lengths.tolist(), width) if line_length else []
+    if not 0 < len(lines) < len(lengths):
+        each, columns = torch.arange(len(lengths), device=device), torch.arange(longest, device=device)
+        shape = (len(lengths), longest)
+        return each[:, None].expand(shape), columns.expand(shape), each, torch.zeros_like(each), False
+    sizes, columns = lengths.tolist(), torch.arange(width)
+    rows, places = torch.zeros(2, len(lines), width, dtype=torch.long)
+    line, start = torch.zeros(2, len(sizes), dtype=torch.long)
+    for i, members in enumerate(lines):
+        at = 0
+        for row in members:  # the last one's tokens, or whatever is behind them, up to the end of the line
+            line[row], start[row] = i, at
+            rows[i, at:], places[i, at:] = row, columns[: width - at]
+            at += sizes[row]
+    return rows.to(device), places.to(device), line.to(device), start.to(device), True
 
-    The mask hides nothing: without one, some models take tokens of the padding's kind for padding.
+
+def inputs_of(aligned: Aligned, positions: Positions) -> dict[str, Any]:
+    """The arguments of a model's forward pass over aligned rows ``(L, W)``.
+
+    The mask hides nothing: without one, some models take tokens of the padding's kind for padding. Packed rows have none,
+    since transformers' models tell them apart by positions that begin anew only then; see :func:`Positions.packs`.
     """
-    mask = torch.ones_like(ids)
-    return {"input_ids": ids, "attention_mask": mask, "use_cache": False, **positions.of(ids, mask)}
+    inputs = {"input_ids": aligned.ids, "use_cache": False}
+    if aligned.packed:
+        assert positions.packs and positions.first is not None
+        return {**inputs, "attention_mask": None, "position_ids": aligned.places + positions.first}
+    mask = torch.ones_like(aligned.ids)
+    return {**inputs, "attention_mask": mask, **positions.of(aligned.ids, mask)}
 
 
 def base_of(model: Any) -> Any:

@@ -105,29 +105,31 @@ class LanguageModel:
         """``V``."""
         return vocab_size_of(self.model)
 
+    @property
+    def packs(self) -> bool:
+        """Whether it can read several rows one behind the other."""
+        return self.positions.packs
+
     def read(self, tokens: Tokens) -> States:
         """What the model computes of the states before the N counted tokens, ``(1, N, ...)``; nothing behind them."""
         aligned = Aligned.of(tokens)
-        width = max(1, aligned.ids.shape[1] - 1)
-        return self._read(aligned.ids[:, :width], tokens.below).at(aligned.rows, aligned.columns)
+        return self._read(aligned, tokens.below).at(aligned.lines, aligned.columns)
 
     def read_last(self, tokens: Tokens) -> States:
         """What it computes of the state after each row's last counted token, ``(1, B, ...)``."""
-        aligned = Aligned.of(tokens)
-        rows = torch.arange(len(aligned.ids), device=aligned.ids.device)
-        return self._read(aligned.ids, tokens.below).at(rows, aligned.last)
+        aligned = Aligned.of(tokens, whole=True)
+        return self._read(aligned, tokens.below).at(aligned.last_lines, aligned.last_columns)
 
     def read_below(self, tokens: Tokens) -> Tensor:
-        """``(B, W, H)`` what the frozen lower layers compute, for ``tokens.below``."""
-        assert self.frozen is not None
-        inputs = inputs_of(Aligned.of(tokens).ids, self.positions)
-        return self.frozen.compute(self.model, inputs)
+        """``(B, W, H)`` what the frozen lower layers compute, for ``tokens.below``; of rows that are not packed."""
+        assert self.frozen is not None and not tokens.line_length
+        return self.frozen.compute(self.model, inputs_of(Aligned.of(tokens, whole=True), self.positions))
 
-    def _read(self, ids: Tensor, below: Tensor | None) -> States:
-        inputs = {"last": ids.shape[1], **inputs_of(ids, self.positions)}
+    def _read(self, aligned: Aligned, below: Tensor | None) -> States:
+        inputs = {"last": aligned.ids.shape[1], **inputs_of(aligned, self.positions)}
         if self.frozen is None or below is None:
             return self.forward(**inputs)
-        with self.frozen.answering(below[:, : ids.shape[1]]):
+        with self.frozen.answering(below[aligned.rows, aligned.places]):
             return self.forward(**inputs)
 
     def forward(self, *, last: int, **inputs: Any) -> States:

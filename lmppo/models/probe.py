@@ -7,7 +7,7 @@ transformers and its models do wrong here would otherwise be trained on without 
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ def probe_tokens(model: Any) -> Tokens:
     picks = few[torch.randint(len(few), (len(lengths), width + STEPS), generator=generator)]
     mask = torch.stack([torch.arange(width) >= width - n for n in lengths])
     completions = picks[:, width:]
-    tensors = (picks[:, :width] * mask, mask, completions, torch.ones_like(completions, dtype=torch.bool))
-    return Tokens(*(x.to(device) for x in tensors))
+    counted = torch.ones_like(completions, dtype=torch.bool)
+    return Tokens(picks[:, :width] * mask, mask, completions, counted).map(lambda tensor, _: tensor.to(device))
 
 
 def read_alone(read: Read, tokens: Tokens) -> list[Outputs]:
@@ -125,25 +125,58 @@ def find_positions(
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
     like_roberta = [Positions(padding + 1, padding)] if isinstance(padding, int) and padding >= 0 else []
     ways = [Positions(0), *like_roberta, Positions(None)] if takes_positions else [Positions(None)]
-    aligned = Aligned.of(tokens)
+    aligned = Aligned.of(tokens, whole=True)
     lengths = [row[0].shape[1] for row in alone]
     problem = ""
     for positions in ways:
         try:
-            batch = read(**inputs_of(aligned.ids, positions))
+            batch = read(**inputs_of(aligned, positions))
         except Exception as error:
             problem = problem or one_line(error)
             continue
         rows = [[x[i : i + 1, :n] for x in batch] for i, n in enumerate(lengths)]
         difference = largest(excess(row, own, model) for row, own in zip(rows, alone, strict=True))
         if not difference.too_large:
-            return positions
+            return replace(positions, packs=reads_packed(read, tokens, positions, model))
         problem = problem or f"a difference of {difference}"
     raise UnsupportedModelError(
         f"{name} is a {kind_of(model)}, which computes something else of a row when it is padded: {problem}. Its numbers "
         f"would be wrong in every batch of prompts of different lengths"
         f"{'' if takes_positions else ' (it takes no position_ids)'}. Choose a model of another family."
     )
+
+
+def reads_packed(read: Read, tokens: Tokens, positions: Positions, model: Any) -> bool:
+    """Whether a model computes of rows that stand one behind the other what it computes of each in a row of its own.
+
+    A token that pads elsewhere is among them, which a model without a mask may take for padding.
+
+    Args:
+        read: The model's forward pass.
+        tokens: The probe's.
+        positions: How it counts positions.
+        model: The model.
+    """
+    if positions.first is None or positions.padding_id is not None:
+        return False
+    padding = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    if isinstance(padding, int) and 0 <= padding < model.get_input_embeddings().weight.shape[0]:
+        ids = tokens.completion_ids.clone()
+        ids[:, 0] = padding
+        tokens = replace(tokens, completion_ids=ids)
+    positions = replace(positions, packs=True)
+    found = []
+    for line_length in (0, int(tokens.attention_mask.sum(dim=1).max())):
+        aligned = Aligned.of(replace(tokens, line_length=line_length), whole=True)
+        if line_length and not aligned.packed:
+            return False  # a context so short that no two rows fit into a line
+        try:
+            outputs = read(**inputs_of(aligned, positions))
+        except Exception:  # whatever it objects to, rows apart are right
+            return False
+        found.append([x[aligned.lines, aligned.columns].unsqueeze(0) for x in outputs])
+    apart, together = found
+    return not excess(together, apart, model).too_large
 
 
 def one_line(error: Exception) -> str:

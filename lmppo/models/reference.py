@@ -65,6 +65,11 @@ class Reference:
         """``V``."""
         return self.language_model.vocab_size
 
+    @property
+    def packs(self) -> bool:
+        """Whether it can read several rows one behind the other."""
+        return self.language_model.packs
+
     @torch.no_grad()
     def read(self, tokens: Tokens) -> States:
         """The states before the N counted tokens, ``(1, N, ...)``."""

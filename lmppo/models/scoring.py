@@ -20,6 +20,10 @@ class Reader(Protocol):
     def vocab_size(self) -> int:
         """``V``."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether it can read several rows one behind the other."""
+
     def read(self, tokens: Tokens) -> States:
         """The states before the N counted tokens, ``(1, N, ...)``."""
 
@@ -46,7 +50,7 @@ def measure_logits(
     """
     record = TokenRecord(record.tokens, record.support)
     results: dict[str, Tensor] = {}
-    for rows, micro in record.micro_batches(micro_batch_size):
+    for rows, micro in record.micro_batches(micro_batch_size, packs=all(reader.packs for reader in readers)):
         counted, states = micro.counted(), [reader.read(micro.tokens) for reader in readers]
         pieces = [
             compute(
@@ -89,6 +93,6 @@ def score_values(model: ActorCritic, record: TokenRecord, micro_batch_size: int)
         micro_batch_size: Rows of the greatest length at a time.
     """
     values = torch.zeros(*record.completion_mask.shape, model.n_streams, device=record.completion_mask.device)
-    for rows, micro in record.micro_batches(micro_batch_size):
+    for rows, micro in record.micro_batches(micro_batch_size, packs=model.packs):
         values[rows] = model.values(micro.tokens)
     return values

@@ -13,9 +13,10 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from lmppo.groups import GROUP_COST
 from lmppo.loss import Penalties
 from lmppo.prompts import pad_left
-from lmppo.records import GROUP_COST, Experience, Tokens
+from lmppo.records import Experience, Tokens
 from lmppo.support import Support
 from lmppo.trainer import PPOTrainer
 from lmppo.update import accumulate_gradients
