@@ -108,9 +108,9 @@ def _lay_out(lengths: Tensor, line_length: int) -> tuple[Tensor, Tensor, Tensor,
     line, start = torch.zeros(2, len(sizes), dtype=torch.long)
     for i, members in enumerate(lines):
         at = 0
-        for row in members:  # the last one's tokens, or whatever is behind them, up to the end of the line
+        for row in members:  # behind the last one its last token again, up to the end of the line
             line[row], start[row] = i, at
-            rows[i, at:], places[i, at:] = row, columns[: width - at]
+            rows[i, at:], places[i, at:] = row, columns[: width - at].clamp(max=sizes[row] - 1)
             at += sizes[row]
     return rows.to(device), places.to(device), line.to(device), start.to(device), True
 
