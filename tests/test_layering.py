@@ -9,7 +9,19 @@ ROOT = Path(__file__).parent.parent
 # Lower layers first. A module may import what stands before it, in its own layer or below.
 LAYERS = (
     ("functional",),
-    ("redaction", "setting_rules", "settings", "config", "checks", "axes", "support", "records", "control"),
+    (
+        "redaction",
+        "setting_rules",
+        "settings",
+        "config",
+        "checks",
+        "axes",
+        "support",
+        "groups",
+        "records",
+        "control",
+        "allocator",
+    ),
     ("tables", "plots", "protocols", "texts", "context"),
     ("pretrained",),
     ("models", "rewards", "prompts", "stopping", "sampling", "sampling_checks", "optimizer"),
