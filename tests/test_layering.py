@@ -22,7 +22,7 @@ LAYERS = (
         "control",
         "allocator",
     ),
-    ("tables", "plots", "protocols", "texts", "context"),
+    ("tables", "plots", "protocols", "texts", "context", "allocator"),
     ("pretrained",),
     ("models", "rewards", "prompts", "stopping", "sampling", "sampling_checks", "optimizer"),
     ("processes", "collector", "loss", "estimators", "metrics", "evaluation", "trpo", "update", "launch"),
