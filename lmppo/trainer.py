@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_callback import TrainerState
 
+from lmppo import IMPORTED
 from lmppo.checks import check_kl_zero, rounding_tolerance
 from lmppo.collector import Collector, ScoredRollout
 from lmppo.config import PPOConfig, RewardStream
@@ -242,6 +243,7 @@ class PPOTrainer:
         """One PPO iteration; returns the row of metrics that it logged."""
         self.run.fire("on_step_begin")
         args, iteration, started = self.args, self.state.global_step, time.perf_counter()
+        startup = {"time/startup": started - IMPORTED} if self.last_step is None else {}
         lr, critic_lr = set_learning_rates(self.optimizer, iteration, args)
 
         # 1. Sample completions and score them.
@@ -272,7 +274,7 @@ class PPOTrainer:
         self.state.num_input_tokens_seen += n_tokens + int(rollout.tokens.prompt_mask.sum())
         row |= {"learning_rate": lr, "critic_learning_rate": critic_lr, "num_tokens": self.run.num_tokens}
         row |= {"tokens_per_second": n_tokens / seconds, "time/rollout": sampled - started}
-        row |= {"time/update": seconds - (sampled - started)}
+        row |= {"time/update": seconds - (sampled - started), **startup}
 
         # 6. Adapt the KL coefficients.
         self.control.update(row, args.rollout_batch_size)

@@ -18,6 +18,7 @@ TABLES = {
     "memory": ("memory", "fits"),
     "scaling": ("scaling",),
     "profile_iteration": ("profile",),
+    "startup": ("startup",),
 }
 QUICK = {
     "speed": ["--workloads", "W3", "W4", "--rounds", "2", "--iterations", "1"],
@@ -52,7 +53,7 @@ def test_a_script_runs_and_replaces_its_tables(script, tmp_path):
 
 
 def test_the_pages_have_places_for_all_tables():
-    places = {"docs/speed.md": ("speed", "scaling", "profile"), "docs/memory.md": ("memory", "fits")}
+    places = {"docs/speed.md": ("speed", "scaling", "profile", "startup"), "docs/memory.md": ("memory", "fits")}
     assert {name for names in places.values() for name in names} == {
         name for names in TABLES.values() for name in names
     }
