@@ -32,6 +32,7 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/speed.py --markdown docs/speed.md
 	$(BIN)/python benchmarks/profile_iteration.py --markdown docs/speed.md
 	$(BIN)/python benchmarks/scaling.py --markdown docs/speed.md
+	$(BIN)/python benchmarks/startup.py --markdown docs/speed.md
 	$(BIN)/python benchmarks/memory.py --markdown docs/memory.md
 
 setup: $(VENV)/.installed-test

@@ -3,9 +3,11 @@
 ``from lmppo import PPOConfig, PPOTrainer``; the math is in :mod:`lmppo.functional`, which needs torch alone.
 """
 
+import time
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+IMPORTED = time.perf_counter()  # from here on, `time/startup` counts
 
 if TYPE_CHECKING:
     from lmppo.config import PPOConfig, RewardStream

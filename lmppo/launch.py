@@ -10,6 +10,7 @@ import transformers
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.state import AcceleratorState
 
+from lmppo.allocator import keep_freed_memory
 from lmppo.config import PPOConfig
 from lmppo.update import critic_epochs
 
@@ -65,6 +66,8 @@ def make_accelerator(args: PPOConfig, *, evaluates: bool) -> Accelerator:
         atexit.register(_end_process_group)
     if accelerator.mixed_precision == "bf16" and not args.bf16:
         accelerator.print("Forward passes run in bfloat16, as the launcher or an earlier Accelerator says, not bf16.")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if args.cpu_threads is not None and accelerator.device.type == "cpu":
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(args.cpu_threads or max(1, share))

@@ -1,17 +1,15 @@
 """Curves of a run as one PNG, from its ``metrics.jsonl``.
 
-Importing this module needs the ``plots`` extra, so that a recipe without it fails before training rather than after.
+Importing this module needs the ``plots`` extra, so that a recipe without it fails before training rather than after; the
+import of matplotlib itself waits until there is something to draw.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
-try:
-    import matplotlib
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("Plots need matplotlib: pip install 'lmppo[plots]'.") from error
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+if importlib.util.find_spec("matplotlib") is None:
+    raise ModuleNotFoundError("Plots need matplotlib: pip install 'lmppo[plots]'.")
 
 PANELS = {
     "reward": ["reward"],
@@ -44,9 +42,12 @@ def plot_run(run_dir: str | Path) -> Path:
     Raises:
         FileNotFoundError: The directory holds no run.
     """
+    from matplotlib.figure import Figure
+
     rows = read_metrics(run_dir)
     steps = [row["step"] for row in rows]
-    figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    figure = Figure(figsize=(16, 7), layout="constrained")
+    axes = figure.subplots(2, 4)
     for axis, (title, names) in zip(axes.flat, PANELS.items(), strict=False):
         for name in names:
             values = [float("nan") if row.get(name) is None else row[name] for row in rows]
@@ -64,5 +65,4 @@ def plot_run(run_dir: str | Path) -> Path:
         axis.grid(alpha=0.3)
     path = Path(run_dir) / "curves.png"
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_callback import TrainerState
 
+from lmppo import IMPORTED
 from lmppo.checks import check_kl_zero, rounding_tolerance
 from lmppo.collector import Collector, ScoredRollout
 from lmppo.config import PPOConfig, RewardStream
@@ -242,6 +243,7 @@ class PPOTrainer:
         """One PPO iteration; returns the row of metrics that it logged."""
         self.run.fire("on_step_begin")
         args, iteration, started = self.args, self.state.global_step, time.perf_counter()
+        startup = {"time/startup": started - IMPORTED} if self.last_step is None else {}
         lr, critic_lr = set_learning_rates(self.optimizer, iteration, args)
 
         # 1. Sample completions and score them.
@@ -266,14 +268,13 @@ class PPOTrainer:
 
         # 5. Record.
         row = rollout_metrics(scored, kl_coef=kl_coef) | stats | estimated.metrics
-        tokens = rollout.tokens
-        row |= critic_metrics(rollout.values, estimated.returns, tokens.completion_mask, tokens.prompt_numbers)
-        n_tokens, seconds = int(tokens.completion_mask.sum()), time.perf_counter() - started
+        row |= critic_metrics(rollout.values, estimated.returns, rollout.completion_mask, rollout.tokens.prompt_numbers)
+        n_tokens, seconds = int(rollout.completion_mask.sum()), time.perf_counter() - started
         self.run.num_tokens += n_tokens
-        self.state.num_input_tokens_seen += n_tokens + int(tokens.prompt_mask.sum())
+        self.state.num_input_tokens_seen += n_tokens + int(rollout.tokens.prompt_mask.sum())
         row |= {"learning_rate": lr, "critic_learning_rate": critic_lr, "num_tokens": self.run.num_tokens}
         row |= {"tokens_per_second": n_tokens / seconds, "time/rollout": sampled - started}
-        row |= {"time/update": seconds - (sampled - started)}
+        row |= {"time/update": seconds - (sampled - started), **startup}
 
         # 6. Adapt the KL coefficients.
         self.control.update(row, args.rollout_batch_size)

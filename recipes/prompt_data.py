@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from lmppo.prompts import check_prompt, cut_prompts
 from lmppo.redaction import scrubbed
-from reward_models.sentiment.reviews import load_reviews
+from reward_models.sentiment.reviews import load_splits
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -30,7 +30,8 @@ def load_prompts(name: str, tokenizer: Any, prompt_tokens: int) -> tuple[Dataset
         ValueError: It is empty, has neither a ``prompt`` nor a ``text`` column, or a row of that column is not usable.
     """
     if name == "movie_reviews":
-        splits = DatasetDict({"train": load_reviews("prompts"), "test": load_reviews("evaluation")})
+        reviews = load_splits("prompts", "evaluation")
+        splits = DatasetDict({"train": reviews["prompts"], "test": reviews["evaluation"]})
     else:
         splits = _load_splits(name)
     first = "train" if "train" in splits else next(iter(splits))

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 from lmppo.pretrained import check_template_path
 from lmppo.redaction import scrubbed, scrubbed_stderr
-from reward_models.sentiment.reviews import load_reviews
+from reward_models.sentiment.reviews import load_splits
 
 
 @dataclass
@@ -40,8 +40,9 @@ def main() -> None:
         arguments, args = TrlParser((TinyGPT2Arguments, SFTConfig)).parse_args_and_config()
     check_template_path(args.chat_template_path)
     torch.manual_seed(args.seed)
-    texts = load_reviews("sft")["text"]
-    held_out = load_reviews("evaluation")["text"][: arguments.eval_reviews]
+    reviews = load_splits("sft", "evaluation")
+    texts = reviews["sft"]["text"]
+    held_out = reviews["evaluation"]["text"][: arguments.eval_reviews]
 
     tokenizer = train_tokenizer(list(texts), arguments.vocab_size, args.max_length)
     model = build_model(arguments.vocab_size, args.max_length, arguments.n_embd, arguments.n_layer, arguments.n_head)

@@ -175,7 +175,7 @@ def test_where_each_state_lies():
     assert aligned.ids[0].tolist() == [5, 6, 7, 8, 9], "up to the longest row's last counted token"
     assert aligned.ids[1, 0] == 4 and aligned.ids[2, :2].tolist() == [2, 9]
     assert aligned.lines.tolist() == [0, 0, 2] and aligned.columns.tolist() == [1, 3, 0]
-    assert aligned.last_lines.tolist() == [0, 1, 2] and aligned.last_columns.tolist() == [4, 0, 1]
+    assert aligned.layout.line.tolist() == [0, 1, 2] and aligned.last.tolist() == [4, 0, 1]
     assert Aligned.of(tokens_of(THREE)).ids.tolist()[0] == [5, 6, 7, 8], "the last token is not read"
 
 
@@ -183,10 +183,10 @@ def test_where_each_state_lies_in_packed_rows():
     rows = [*THREE, ([10, 11], [3], "1")]
     aligned = Aligned.of(dataclasses.replace(tokens_of(rows), line_length=5), whole=True)
     assert aligned.packed and aligned.ids[0].tolist() == [5, 6, 7, 8, 9]
-    assert aligned.ids[1].tolist() == [10, 11, 3, 2, 9] and aligned.places[1].tolist() == [0, 1, 2, 0, 1]
-    assert aligned.ids[2, 0] == 4 and aligned.rows.tolist() == [[0] * 5, [3, 3, 3, 2, 2], [1] * 5]
+    assert aligned.ids[1].tolist() == [10, 11, 3, 2, 9] and aligned.layout.places[1].tolist() == [0, 1, 2, 0, 1]
+    assert aligned.ids[2, 0] == 4 and aligned.layout.rows.tolist() == [[0] * 5, [3, 3, 3, 2, 2], [1] * 5]
     assert aligned.lines.tolist() == [0, 0, 1, 1] and aligned.columns.tolist() == [1, 3, 3, 1]
-    assert aligned.last_lines.tolist() == [0, 2, 1, 1] and aligned.last_columns.tolist() == [4, 0, 4, 2]
+    assert aligned.layout.line.tolist() == [0, 2, 1, 1] and aligned.last.tolist() == [4, 0, 4, 2]
 
 
 PACKS = {"gpt2", "llama", "neox", "a sliding window"}

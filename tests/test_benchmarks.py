@@ -24,6 +24,7 @@ TABLES = {
     "memory": ("memory", "fits"),
     "scaling": ("scaling",),
     "profile_iteration": ("profile",),
+    "startup": ("startup",),
     "best_of_n": ("best-of-n",),
 }
 QUICK = {
@@ -59,7 +60,7 @@ def test_a_script_runs_and_replaces_its_tables(script, tmp_path):
 
 
 def test_the_pages_have_places_for_all_tables():
-    places = {"docs/speed.md": ("speed", "scaling", "profile"), "docs/memory.md": ("memory", "fits")}
+    places = {"docs/speed.md": ("speed", "scaling", "profile", "startup"), "docs/memory.md": ("memory", "fits")}
     places["docs/results.md"] = ("best-of-n",)
     assert {name for names in places.values() for name in names} == {
         name for names in TABLES.values() for name in names

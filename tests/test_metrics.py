@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from builders import count_a, critic_of, make_trainer, metrics_rows
 from test_docs import documented_metrics
 from test_records import make_rollout
 
+import lmppo
 from lmppo.collector import ScoredRollout
 from lmppo.metrics import critic_metrics, distinct_n, rollout_metrics
 from lmppo.run.metrics_file import MetricsFile
@@ -183,6 +185,18 @@ def test_every_name_that_is_logged_has_a_meaning_and_every_meaning_a_number(tmp_
                 "completion_length", "eos_rate", "tokens_per_second", "time/rollout", "time/update"}  # fmt: skip
     assert required <= set(row)
     assert all(isinstance(value, int | float) for value in row.values())
+
+
+def test_the_seconds_before_the_first_step_are_in_its_row(tmp_path):
+    """The first row of each trainer, a resumed one's too; counted from the import."""
+    before = time.perf_counter() - lmppo.IMPORTED
+    for steps in (2, 3):
+        make_trainer(tmp_path, max_steps=steps, resume_from_checkpoint="auto").train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "time/startup" in row] == [1, 3]
+    first, resumed = (row["time/startup"] for row in rows if "time/startup" in row)
+    learning = sum(row["time/rollout"] + row["time/update"] for row in rows[:2])
+    assert before < first < first + learning < resumed < time.perf_counter() - lmppo.IMPORTED
 
 
 def test_the_file_holds_what_json_can_hold(tmp_path):

@@ -114,6 +114,8 @@ HEAVY = ["transformers", "accelerate", "datasets", "peft", "trl", "pandas"]
         ("lmppo.records", HEAVY),
         ("lmppo.rewards", HEAVY),
         ("reward_models", HEAVY),
+        ("lmppo.trainer", ["datasets", "pandas", "pyarrow", "trl", "matplotlib"]),  # these wait until they are used
+        ("lmppo.plots", [*HEAVY, "torch", "numpy", "matplotlib"]),
     ],
 )
 def test_what_need_not_be_heavy_is_light(module, heavy, site, tmp_path):

@@ -7,8 +7,9 @@ import torch
 from builders import PROMPTS, assert_same, count_a, make_trainer, trained, weights
 from fakes import END_OF_TEXT, LETTERS, letter_tokenizer
 from torch.utils import data
+from trl import data_utils
 
-from lmppo.prompts import PromptEncoder, PromptStream, cut_prompts, pad_left
+from lmppo.prompts import PromptEncoder, PromptStream, cut_prompts, is_conversational, pad_left
 from lmppo.rewards import REWARD_ARGUMENTS
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}k{% endif %}"
@@ -59,6 +60,17 @@ def test_left_padding():
 
 def test_text_is_tokenized_and_kept_as_text():
     assert encode({"prompt": "abk"}) == ("abk", [1, 2, 11])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["text", [1, 2], [{"role": "user", "content": "a"}], [{"role": "user"}, 1], [{"from": "user", "value": "a"}],
+     ["a"], [["role"]], ["role"], [None], {"role": "user"}],
+    ids=str,
+)  # fmt: skip
+def test_chat_messages_are_what_trl_takes_for_them(prompt):
+    assert is_conversational(prompt) == data_utils.is_conversational({"prompt": prompt})
+    assert not is_conversational([]) and not is_conversational("")
 
 
 def test_token_ids_are_kept_and_shown_as_text():

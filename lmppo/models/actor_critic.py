@@ -148,7 +148,7 @@ class ActorCritic(nn.Module):
         if self._value_reader is not None:
             return self.values_of(self._value_reader.read_last(tokens).hidden)[0]
         aligned = Aligned.of(tokens, whole=True)
-        return self._critic_everywhere(aligned)[aligned.last_lines, aligned.last_columns]
+        return self._critic_everywhere(aligned)[aligned.layout.line, aligned.last]
 
     def decoder(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decoder:
         """The policy's cache over left-padded prompts ``(B, P)``, to be fed token by token."""

@@ -49,70 +49,87 @@ class Positions:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where rows stand: each in a line of its own, or packed, several in a line, one behind the other.
+
+    Attributes:
+        rows: ``(L, W)`` the row that stands in each place of the lines.
+        places: ``(L, W)`` the token of that row; behind a row, whatever.
+        line: ``(B,)`` each row's line.
+        start: ``(B,)`` the column of its first token.
+    """
+
+    rows: Tensor
+    places: Tensor
+    line: Tensor
+    start: Tensor
+
+    @classmethod
+    def apart(cls, lengths: Tensor) -> "Layout":
+        """Of rows of these lengths ``(B,)``, each in a line of its own."""
+        each, columns = (torch.arange(n, device=lengths.device) for n in (len(lengths), int(lengths.max())))
+        shape = (len(each), len(columns))
+        return cls(each[:, None].expand(shape), columns.expand(shape), each, torch.zeros_like(each))
+
+    @classmethod
+    def in_lines(cls, lengths: Tensor, line_length: int) -> "Layout":
+        """Of rows of these lengths ``(B,)``, packed into lines of this length, or that of the longest row."""
+        sizes = lengths.tolist()
+        columns = torch.arange(max(line_length, *sizes))
+        lines = pack_lines(sizes, len(columns))
+        rows, places = torch.zeros(2, len(lines), len(columns), dtype=torch.long)
+        line, start = torch.zeros(2, len(sizes), dtype=torch.long)
+        for i, members in enumerate(lines):
+            at = 0
+            for row in members:  # behind the last one its last token again, up to the end of the line
+                line[row], start[row] = i, at
+                rows[i, at:], places[i, at:] = row, columns[: len(columns) - at].clamp(max=sizes[row] - 1)
+                at += sizes[row]
+        return cls(*(tensor.to(lengths.device) for tensor in (rows, places, line, start)))
+
+
+@dataclass(frozen=True)
 class Aligned:
     """Rows of tokens, each from its first token on: all padding is behind them, where a causal model does not look.
 
-    So every row is read as if it were alone, and no mask has to hide anything. Packed rows stand in ``L`` lines, one behind
-    the other; else each row is a line.
+    So every row is read as if it were alone, and no mask has to hide anything.
 
     Attributes:
         ids: ``(L, W)`` the tokens, and behind them whatever.
-        rows: ``(L, W)`` the row that each token belongs to.
-        places: ``(L, W)`` its place in that row.
-        packed: Whether any line has several rows.
+        layout: Which of the rows' tokens they are.
         lines: ``(N,)`` the line of each counted token, row by row.
         columns: ``(N,)`` the column of the state before it.
-        last_lines: ``(B,)`` the line of each row's last token.
-        last_columns: ``(B,)`` its column.
+        last: ``(B,)`` the column of each row's last token; its line is ``layout.line``.
     """
 
     ids: Tensor
-    rows: Tensor
-    places: Tensor
-    packed: bool
+    layout: Layout
     lines: Tensor
     columns: Tensor
-    last_lines: Tensor
-    last_columns: Tensor
+    last: Tensor
+
+    @property
+    def packed(self) -> bool:
+        """Whether any line has several rows."""
+        return len(self.ids) < len(self.last)
 
     @classmethod
     def of(cls, tokens: Tokens, *, whole: bool = False) -> "Aligned":
         """The prompts with their completions up to their last counted tokens.
 
         Args:
-            tokens: The rows.
+            tokens: The rows; packed if they have a ``line_length``.
             whole: Whether the last tokens are to be read as well; else the last columns are those of the tokens before.
         """
         there = tokens.attention_mask
         lengths = there.sum(dim=1) if whole else (there.sum(dim=1) - 1).clamp(min=1)
-        rows, places, line, start, packed = _lay_out(lengths, tokens.line_length)
+        layout = Layout.in_lines(lengths, tokens.line_length) if tokens.line_length else Layout.apart(lengths)
         order = torch.argsort((~there).to(torch.uint8), dim=1, stable=True)
-        ids = tokens.input_ids.gather(1, order)[rows, places]
+        ids = tokens.input_ids.gather(1, order)[layout.rows, layout.places]
         place = there.cumsum(dim=1)[:, tokens.prompt_ids.shape[1] :] - 1
         counted, times = tokens.completion_mask.nonzero(as_tuple=True)
-        columns = start[counted] + place[counted, times] - 1
-        return cls(ids, rows, places, packed, line[counted], columns, line, start + lengths - 1)
-
-
-def _lay_out(lengths: Tensor, line_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """Rows and places ``(L, W)``; each row's line and first column ``(B,)``; whether any line has several rows."""
-    device, longest = lengths.device, int(lengths.max())
-    width = max(longest, line_length)
-    lines = pack_lines(lengths.tolist(), width) if line_length else []
-    if not 0 < len(lines) < len(lengths):
-        each, columns = torch.arange(len(lengths), device=device), torch.arange(longest, device=device)
-        shape = (len(lengths), longest)
-        return each[:, None].expand(shape), columns.expand(shape), each, torch.zeros_like(each), False
-    sizes, columns = lengths.tolist(), torch.arange(width)
-    rows, places = torch.zeros(2, len(lines), width, dtype=torch.long)
-    line, start = torch.zeros(2, len(sizes), dtype=torch.long)
-    for i, members in enumerate(lines):
-        at = 0
-        for row in members:  # the last one's tokens, or whatever is behind them, up to the end of the line
-            line[row], start[row] = i, at
-            rows[i, at:], places[i, at:] = row, columns[: width - at]
-            at += sizes[row]
-    return rows.to(device), places.to(device), line.to(device), start.to(device), True
+        columns = layout.start[counted] + place[counted, times] - 1
+        return cls(ids, layout, layout.line[counted], columns, layout.start + lengths - 1)
 
 
 def inputs_of(aligned: Aligned, positions: Positions) -> dict[str, Any]:
@@ -124,7 +141,7 @@ def inputs_of(aligned: Aligned, positions: Positions) -> dict[str, Any]:
     inputs = {"input_ids": aligned.ids, "use_cache": False}
     if aligned.packed:
         assert positions.packs and positions.first is not None
-        return {**inputs, "attention_mask": None, "position_ids": aligned.places + positions.first}
+        return {**inputs, "attention_mask": None, "position_ids": aligned.layout.places + positions.first}
     mask = torch.ones_like(aligned.ids)
     return {**inputs, "attention_mask": mask, **positions.of(aligned.ids, mask)}
 

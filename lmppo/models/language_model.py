@@ -118,7 +118,7 @@ class LanguageModel:
     def read_last(self, tokens: Tokens) -> States:
         """What it computes of the state after each row's last counted token, ``(1, B, ...)``."""
         aligned = Aligned.of(tokens, whole=True)
-        return self._read(aligned, tokens.below).at(aligned.last_lines, aligned.last_columns)
+        return self._read(aligned, tokens.below).at(aligned.layout.line, aligned.last)
 
     def read_below(self, tokens: Tokens) -> Tensor:
         """``(B, W, H)`` what the frozen lower layers compute, for ``tokens.below``; of rows that are not packed."""
@@ -129,7 +129,7 @@ class LanguageModel:
         inputs = {"last": aligned.ids.shape[1], **inputs_of(aligned, self.positions)}
         if self.frozen is None or below is None:
             return self.forward(**inputs)
-        with self.frozen.answering(below[aligned.rows, aligned.places]):
+        with self.frozen.answering(below[aligned.layout.rows, aligned.layout.places]):
             return self.forward(**inputs)
 
     def forward(self, *, last: int, **inputs: Any) -> States:

@@ -4,8 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-from trl.data_utils import apply_chat_template, prepare_multimodal_messages
-
 from lmppo.context import usable_context
 from lmppo.models import vocab_size_of
 from lmppo.prompts.forms import Prompt, check_prompt, is_conversational, plain, refuse_images
@@ -126,6 +124,8 @@ class PromptEncoder:
 
     def _render(self, row: Mapping[str, Any], messages: list, where: str) -> str:
         """Chat messages as text."""
+        from trl.data_utils import apply_chat_template, prepare_multimodal_messages  # brings datasets and pandas
+
         if not getattr(self.template_owner, "chat_template", None):
             raise ValueError(
                 f"{where}: the prompt is a list of chat messages, but the tokenizer has no chat template. "

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from trl import data_utils
 
 Prompt = str | list
 
@@ -15,8 +14,8 @@ _OTHER_MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audi
 
 
 def is_conversational(prompt: Any) -> bool:
-    """Whether a prompt is a list of chat messages."""
-    return bool(prompt) and data_utils.is_conversational({"prompt": prompt})
+    """Whether a prompt is a list of chat messages, as trl tells them: by the ``role`` of the first."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict) and "role" in prompt[0]
 
 
 def check_prompt(prompt: Any, where: str) -> Prompt:

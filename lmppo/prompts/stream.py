@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import IterableDataset
 from torch.utils import data
 
 from lmppo.prompts.batch import PromptBatch, make_batch
@@ -70,7 +69,8 @@ class PromptStream:
         self._read = 0
         self._order, self._order_epoch = np.empty(0, dtype=np.int64), -1
         self._encoded: list[tuple[Prompt, list[int]]] = []
-        declared = (dataset.column_names or []) if isinstance(dataset, IterableDataset) else []
+        names = None if self.is_map_style else getattr(dataset, "column_names", None)  # of a stream of datasets
+        declared = names if isinstance(names, list) else []
         self._columns: dict[str, None] = dict.fromkeys(declared)  # a set that keeps its order
         self._seen: dict[str, None] = {}  # what rows of a stream have had
         if self.is_map_style:

@@ -5,10 +5,8 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pyarrow
-import pyarrow.parquet
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
@@ -17,6 +15,9 @@ from lmppo.metrics import completion_columns
 from lmppo.models.loading import print_once
 from lmppo.run.metrics_file import MetricsFile
 from lmppo.tables import print_completions, prompt_text
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 class CompletionsLog:
@@ -62,9 +63,11 @@ class CompletionsLog:
 
 def write_parquet(path: Path, columns: Mapping[str, list]) -> None:
     """Write columns of one length as a parquet file, whole or not at all; what has no type of parquet becomes text."""
+    from pyarrow import parquet
+
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
-    pyarrow.parquet.write_table(_arrow_table(columns), temporary)
+    parquet.write_table(_arrow_table(columns), temporary)
     temporary.replace(path)
 
 
@@ -114,11 +117,15 @@ def _text(value: Any) -> str | None:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _arrow_table(columns: Mapping[str, list]) -> pyarrow.Table:
+def _arrow_table(columns: Mapping[str, list]) -> "pyarrow.Table":
+    import pyarrow
+
     return pyarrow.table({name: _arrow_column(column) for name, column in columns.items()})
 
 
-def _arrow_column(values: list) -> pyarrow.Array:
+def _arrow_column(values: list) -> "pyarrow.Array":
+    import pyarrow
+
     try:
         return pyarrow.array(values)
     except (pyarrow.ArrowException, OverflowError, UnicodeError):  # mixed kinds, objects, broken Unicode

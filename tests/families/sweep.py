@@ -10,7 +10,7 @@ a  PPOTrainer, token-id prompts of several lengths, shared value head, 2 iterati
    policy moved, reference did not.
 b  log-probabilities and values against the plain model fed one row at a time, without padding, masks, positions or
    cache (``model(input_ids)``), within 1e-4: the sampler with rows that go on, the sampler with rows that end and are
-   dropped, and the update's forward pass.
+   dropped, and the update's forward pass, packed (p) where the model's rows can be.
 c  a LoRA adapter (all-linear): a, b on the trained adapter, and final/ holds the merged weights.
 d  a critic of its own of the same family (AutoModelForTokenClassification): a, and its values against single rows.
 e  b again with prompts and completions well past the sliding window (or chunk); only families with one.
@@ -33,6 +33,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,12 +58,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lmppo import PPOConfig, PPOTrainer  # noqa: E402
 from lmppo.checks import StepZeroError  # noqa: E402
+from lmppo.context import usable_context  # noqa: E402
 from lmppo.models import ActorCritic, load_policy  # noqa: E402
 from lmppo.prompts import pad_left  # noqa: E402
 from lmppo.records import Tokens  # noqa: E402
 from lmppo.sampling import SamplingParams, sample, uniform_noise  # noqa: E402
 
 RUNS = Path(tempfile.mkdtemp(prefix="sweep-"))
+PACKED: list[bool] = []  # whether this family's rows were packed
 TOLERANCE = 1e-4
 EOS = list(range(80, 92))  # 12 of 96 tokens end a completion: about one in eight
 LENGTHS = [1, 3, 12, 5, 2, 7, 4, 9]
@@ -212,6 +215,14 @@ def compare(actor_critic, plain, rows, n_time, eos, noise_seed=0):
     values, forward = actor_critic.values(s.tokens), actor_critic.logits(s.tokens).float().log_softmax(-1)
     last = actor_critic.last_values(s.tokens)
     worst = {"sampler": 0.0, "forward": 0.0, "values": 0.0}
+    if actor_critic.packs:  # in lines, in which the longest row has room for others
+        longest, context = int(s.tokens.attention_mask.sum(dim=1).max()), usable_context(plain)
+        line_length = 2 * longest if context is None else min(2 * longest, context.length)
+        lines = replace(s.tokens, line_length=line_length)
+        packed = actor_critic.logits(lines).float().log_softmax(-1)
+        worst["packed"] = (packed - forward)[s.completion_mask].abs().max().item()
+        worst["packed values"] = (actor_critic.values(lines) - values).abs().max().item()
+        PACKED.append(True)
     context, lengths = 0.0, []
     for i, prompt in enumerate(rows):
         completion = s.tokens.completion_ids[i][s.completion_mask[i]].tolist()
@@ -446,6 +457,7 @@ def run_family(family, checks, seconds=0):
     except Exception:
         has_critic = False
     del model
+    PACKED.clear()
     for name in checks:
         if name == "c" and family not in LORA or name == "f" and family not in RESUME or name == "d" and not has_critic:
             continue
@@ -475,6 +487,8 @@ def run_family(family, checks, seconds=0):
                 results["b+"] = ("FAULT", does_training_notice(family))
             except Exception as error:
                 results["b+"] = ("FAULT", describe(error))
+    if PACKED:
+        results["p"] = ("ok", "")
     shutil.rmtree(RUNS / family, ignore_errors=True)
     return results
 
@@ -490,7 +504,7 @@ Every causal language model of transformers, as a tiny random model of two layer
 log-probabilities and values of padded batches, sampled over the cache (also when rows end before others) and read again by
 the update, are those of the plain model on each row alone; the largest difference stands beside it. Checked too, where a
 letter says so: (c) a LoRA adapter on all linear layers, (d) a critic of its own of the same family, (e) past its sliding
-window, (f) exact resume and `final/`. "refused": `PPOTrainer` says so when it is built, before any work.
+window, (f) exact resume and `final/`, (p) packed rows. "refused": `PPOTrainer` says so when it is built, before any work.
 
 A model that is not here (code from the Hub, a new family) is probed in the same way when the trainer is built.
 
