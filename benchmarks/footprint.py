@@ -20,6 +20,8 @@ from transformers import (
 from workloads import Workload, share_of_even
 
 from lmppo.models.chunks import LOGITS_BYTES
+from lmppo.models.held import HeldInBFloat16
+from lmppo.setting_rules import FROZEN_DTYPES
 
 FLOAT = 4  # bytes
 LOGITS = 4  # tensors of the logits' size at once: the logits, what their log-probabilities keep, and two gradients
@@ -35,12 +37,14 @@ class Setting:
         lora: Whether an adapter of rank 16 on all linear layers is trained, in place of the policy's weights.
         gradient_checkpointing: As in the configuration.
         bf16: As in the configuration.
+        frozen_bf16: Whether ``frozen_dtype`` is bfloat16.
     """
 
     critic: bool = False
     lora: bool = False
     gradient_checkpointing: bool = False
     bf16: bool = False
+    frozen_bf16: bool = False
 
 
 def footprint(
@@ -63,21 +67,23 @@ def footprint(
     activations = layers * kept
     if setting.gradient_checkpointing:  # each layer's input, and all that one layer keeps
         activations = kept + (1 + setting.critic) * layers * config.hidden_size * FLOAT
-    copies = 2 * (counts["policy"] + counts["critic"])
+    frozen = counts["policy"] - counts["trained"] if setting.frozen_bf16 else 0  # autocast takes it as it is
+    copies = 2 * (counts["policy"] - frozen + counts["critic"])
     if setting.lora and setting.gradient_checkpointing:  # frozen weights are cast anew at each use
         copies /= layers
+    widened = FLOAT * config.vocab_size * config.hidden_size if setting.frozen_bf16 else 0  # the head, in each product
     heads = config.num_attention_heads
     cached = 2 * layers * config.hidden_size * getattr(config, "num_key_value_heads", heads) / heads
     return {
-        "policy": FLOAT * counts["policy"],
+        "policy": FLOAT * counts["policy"] - 2 * frozen,
         "critic": FLOAT * counts["critic"],
-        "reference": 0 if setting.lora else FLOAT * counts["trained"],
+        "reference": 0 if setting.lora else (2 if setting.frozen_bf16 else FLOAT) * counts["trained"],
         "gradients": FLOAT * learning,
         "optimizer": 2 * FLOAT * learning,
         "rollout": batch * (tokens * cached * (2 if setting.bf16 else FLOAT) + DRAW * config.vocab_size),
         "activations": micro_batch * tokens * activations,
         "logits": LOGITS * min(FLOAT * micro_batch * length * config.vocab_size, LOGITS_BYTES),
-        "copies": copies if setting.bf16 else 0,
+        "copies": (copies if setting.bf16 else 0) + widened,
     }
 
 
@@ -139,15 +145,17 @@ def saved_bytes(config: PretrainedConfig, setting: Setting, rows: int, length: i
         AutoModelForCausalLM.from_config(config),
         work,
         lambda completion_ids, **_: [share_of_even(ids) for ids in completion_ids],
-        settings={"use_cpu": True, "bf16": setting.bf16},
+        settings={"use_cpu": True, "bf16": setting.bf16, "frozen_dtype": FROZEN_DTYPES[setting.frozen_bf16]},
         lora=setting.lora,
         **critic,
     )
-    weights = {p.untyped_storage().data_ptr() for p in trainer.actor_critic.parameters()}
+    parameters = trainer.actor_critic.parameters()
+    weights = {p.untyped_storage().data_ptr() for p in parameters if not isinstance(p, HeldInBFloat16)}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no memory is used twice
+        if not isinstance(tensor, HeldInBFloat16):  # a weight, or a view of one
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no memory is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

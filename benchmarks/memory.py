@@ -66,6 +66,7 @@ SETTINGS = {
     "all weights, a critic of its own": Setting(critic=True),
     "LoRA": Setting(lora=True),
     "LoRA, `gradient_checkpointing`, `bf16`": Setting(lora=True, gradient_checkpointing=True, bf16=True),
+    "the same, `frozen_dtype: bfloat16`": Setting(lora=True, gradient_checkpointing=True, bf16=True, frozen_bf16=True),
 }
 CARDS = (8, 16, 24, 80)  # GB
 USABLE = 0.9  # the rest: the framework, fragments, and whatever else runs

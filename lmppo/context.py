@@ -72,13 +72,18 @@ def _position_tables(model: Any) -> list[int]:
     unused = {getattr(embedding, "padding_idx", None), getattr(model.config.get_text_config(), "pad_token_id", None)}
     token = next(i for i in range(3) if i not in unused)
     ids = torch.full((1, _N_READ), token, device=next(model.parameters()).device)
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = {_place(tensor) for tensor in (*model.parameters(), *model.buffers())}
     with _Lookups(own) as lookups:
         try:
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
         except Exception:  # what came before the error tells as much
             pass
     return lookups.free
+
+
+def _place(tensor: Any) -> int:
+    """Where the numbers of a tensor are, also if it is a view."""
+    return getattr(tensor, "held", tensor).untyped_storage().data_ptr()  # as in lmppo.models.held
 
 
 class _Lookups(TorchDispatchMode):
@@ -111,7 +116,7 @@ class _Lookups(TorchDispatchMode):
     def _note(self, table: Tensor, dim: int, index: Tensor) -> None:
         index = index.squeeze()
         positions = index.dtype in (torch.int32, torch.int64) and index.ndim == 1 and len(index) >= _N_READ
-        if not positions or table.untyped_storage().data_ptr() not in self.own:
+        if not positions or _place(table) not in self.own:
             return
         first, follows = int(index[0]), index.diff() == 1
         n_read = 1 + int(follows.long().cumprod(dim=0).sum())  # with what an adapter puts before the text

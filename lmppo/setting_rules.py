@@ -16,6 +16,7 @@ OBJECTIVES = ("clip", "kl_penalty", "importance_sampled", "policy_gradient", "tr
 TRUNCATIONS = ("end", "bootstrap", "penalty", "mask")
 KL_FORMS = ("k1_reward", "k3_both", "exact_both", "k2_loss", "k3_loss", "exact_loss")
 SCHEDULES = ("constant", "linear", "cosine")
+FROZEN_DTYPES = ("float32", "bfloat16")
 
 _CHOICES = {
     "estimator": ESTIMATORS,
@@ -24,6 +25,7 @@ _CHOICES = {
     "truncation": TRUNCATIONS,
     "kl_form": KL_FORMS,
     "lr_scheduler_type": SCHEDULES,
+    "frozen_dtype": FROZEN_DTYPES,
 }
 
 Contradictions = Iterator[tuple[bool, str]]

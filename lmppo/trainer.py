@@ -28,7 +28,7 @@ from lmppo.loss import Penalties
 from lmppo.metrics import critic_metrics, rollout_metrics
 from lmppo.models import ActorCritic, Reference, compute_precision, load_policy
 from lmppo.models.critics import make_actor_critic
-from lmppo.models.language_model import freeze_lower_layers
+from lmppo.models.frozen_weights import place_policy
 from lmppo.models.quantized import check_trainable
 from lmppo.models.recomputation import prepare_recomputation
 from lmppo.optimizer import make_optimizer, set_learning_rates
@@ -120,16 +120,16 @@ class PPOTrainer:
         # The models.
         torch.manual_seed(self.args.seed)  # adapters start from random numbers
         trust: dict[str, Any] = {"trust_remote_code": self.args.trust_remote_code}
-        policy: Any = load_policy(model, peft_config, **trust).to(device)
-        layers: dict[str, Any] = {"num_layers_unfrozen": self.args.num_layers_unfrozen}
-        freeze_lower_layers(policy, **layers)
+        layers, dtype = self.args.num_layers_unfrozen, self.args.frozen_dtype
+        frozen: dict[str, Any] = {"num_layers_unfrozen": layers, "frozen_dtype": dtype}
+        policy = place_policy(load_policy(model, peft_config, **trust), device, **frozen)
         check_trainable(policy, self.args.objective)
         origin = str(model) if isinstance(model, str | Path) else policy.config._name_or_path
         named = origin if (Path(origin) / "tokenizer_config.json").exists() else policy.config._name_or_path
         self.processing_class = processing_class or load_tokenizer(named, **trust)  # an adapter may have none beside it
         given: Any = load_policy(ref_model, **trust) if isinstance(ref_model, str) else ref_model
-        self.reference = Reference(policy, given, **layers)
-        self._kl_starts_at_zero = ref_model is None
+        self.reference = Reference(policy, given, **frozen)
+        self._kl_starts_at_zero = ref_model is None and not self.reference.rounded
         self._first_ratio_checked = False
 
         # The rewards.
@@ -142,7 +142,7 @@ class PPOTrainer:
         tokenizer = tokenizer_of(self.processing_class)
         params = self._make_params(tokenizer, policy)
         streams: dict[str, Any] = {"n_streams": len(self.streams), "origin": origin}
-        actor_critic = make_actor_critic(policy, critic, self.args, tokenizer, **streams, **trust, **layers)
+        actor_critic = make_actor_critic(policy, critic, self.args, tokenizer, **streams, **trust, **frozen)
         prepare_recomputation(actor_critic, self.args)
         readers = {"model": policy, "ref_model": self.reference.model, "critic": actor_critic.critic}
         encoder = make_prompt_encoder(self.processing_class, readers, self.args)

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2ForTokenClassification, LlamaConfig, Ll
 
 from lmppo import PPOConfig, PPOTrainer
 from lmppo.models import ActorCritic, load_policy
+from lmppo.models.held import plain
 from lmppo.prompts import pad_left
 from lmppo.records import Experience, Samples, Tokens
 from lmppo.run.checkpoint import optimizer_tensors
@@ -209,7 +210,7 @@ def optimizer_state(trainer):
 
 def weights(trainer):
     """All weights of policy and critic, copied."""
-    return {name: tensor.detach().clone() for name, tensor in trainer.actor_critic.state_dict().items()}
+    return {name: plain(tensor.detach()).clone() for name, tensor in trainer.actor_critic.state_dict().items()}
 
 
 def assert_same(left: dict, right: dict):

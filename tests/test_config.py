@@ -61,6 +61,7 @@ BAD = {
     "micro_batch_size": COUNT,
     "sample_batch_size": COUNT,
     "num_layers_unfrozen": COUNT,
+    "frozen_dtype": ("float16", "bf16"),
     "chat_template_kwargs": ("enable_thinking", "[1]", "1"),
     "clip_range": (0.0, 1.0, NAN),
     "clip_range_high": POSITIVE,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lmppo.models.held import plain
 from lmppo.models.language_model import vocab_size_of
 from lmppo.models.names import parameters_of
 from lmppo.models.probe import PADDING, probe_tokens
@@ -143,7 +144,7 @@ def merge_adapter(policy: Any) -> Any:
 def copy_to(policy: Any, device: str) -> Any:
     """A copy on another device; nothing is copied on the device where the policy is."""
     tensors: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to(device, copy=True), False) for p in policy.parameters()
+        id(p): nn.Parameter(plain(p.detach()).to(device, copy=True), False) for p in policy.parameters()
     }
     tensors |= {id(buffer): buffer.to(device, copy=True) for buffer in policy.buffers()}
     return copy.deepcopy(policy, tensors)

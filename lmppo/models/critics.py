@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lmppo.models.actor_critic import ActorCritic
+from lmppo.models.frozen_weights import EXPORTED, store_frozen
 from lmppo.models.language_model import vocab_size_of
 from lmppo.models.loading import as_float32, print_once
 from lmppo.models.lora_critic import HEAD, LORA, with_lora_critic
@@ -189,6 +190,7 @@ def make_actor_critic(
     n_streams: int,
     origin: str = "",
     num_layers_unfrozen: int | None = None,
+    frozen_dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> ActorCritic:
     """Policy and critic; without a use for the critic its head stays as it is.
@@ -203,6 +205,7 @@ def make_actor_critic(
         origin: The directory that the policy is from. A critic that another run has left there is taken over if it
             fits and ``critic`` is None, or ``"lora"`` where that is what it is; a line says so.
         num_layers_unfrozen: How many of the policy's top layers are trained; None: all.
+        frozen_dtype: What the weights of a critic of its own that are not trained are stored in.
         trust_remote_code: Whether code that comes with the critic may run.
 
     Raises:
@@ -229,6 +232,8 @@ def make_actor_critic(
         own = load_critic(critic, policy, n_streams, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     else:
         own = _take_over_critic(left, policy, n_streams, tokenizer, trust_remote_code)
+    if own is not None:
+        store_frozen(own, frozen_dtype, "critic", EXPORTED)
     model = ActorCritic(policy, own, n_streams, num_layers_unfrozen)
     if own is None:
         _take_over_head(left, model.value_head)

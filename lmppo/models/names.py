@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lmppo.models.held import plain
+
 _COMPILED = "_orig_mod"
 
 
@@ -25,3 +27,8 @@ def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """The state dict by the weights' own names; its tensors are the model's."""
     return {own_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def saved_state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as it is saved: without what is only held in bfloat16, which has no memory that could be written."""
+    return {name: plain(tensor) for name, tensor in state_of(model).items()}

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lmppo.models.activations import use_fused_gelu
 from lmppo.models.adapters import adapter_changes_nothing, adapter_off
+from lmppo.models.frozen_weights import store_frozen
 from lmppo.models.language_model import LanguageModel, vocab_size_of
 from lmppo.models.loading import as_float32, check_not_trained, frozen_view
 from lmppo.models.states import States
@@ -24,17 +25,26 @@ class Reference:
 
     ``ref_model`` stays as it is: a view of its weights is used, or a float32 copy.
 
+    Attributes:
+        rounded: Whether ``frozen_dtype`` has rounded it, so that it is not the policy's equal at the start.
+
     Args:
         policy: The policy.
         ref_model: The reference, if it is not the policy as it is now.
         num_layers_unfrozen: How many of the policy's top layers are trained; None: all.
+        frozen_dtype: What ``ref_model``, or the copies of what is trained, are stored in; the copies of an adapter, which
+            are small, stay in float32.
 
     Raises:
         ValueError: ``ref_model`` has another vocabulary than the policy, or weights that are trained.
     """
 
     def __init__(
-        self, policy: Any, ref_model: PreTrainedModel | None = None, num_layers_unfrozen: int | None = None
+        self,
+        policy: Any,
+        ref_model: PreTrainedModel | None = None,
+        num_layers_unfrozen: int | None = None,
+        frozen_dtype: str = "float32",
     ) -> None:
         self.model: Any
         self.adapter_off = False
@@ -46,13 +56,17 @@ class Reference:
                     f"vocabulary. Give a reference with the policy's tokenizer and embedding size."
                 )
             check_not_trained(ref_model, policy)
-            self.model = frozen_view(as_float32(ref_model, "ref_model")).to(next(policy.parameters()).device)
+            self.model = frozen_view(as_float32(ref_model, "ref_model"))
         else:
             policy.eval()
             self.adapter_off = hasattr(policy, "disable_adapter") and adapter_changes_nothing(policy)
             with self._adapter(policy):  # peft marks what it has switched off as not trained
                 trained = [p for p in policy.parameters() if p.requires_grad]
             self.model = frozen_view(policy, copied=trained)
+        own_copy = ref_model is not None or not hasattr(policy, "peft_config")
+        what = "and the KL is to these"
+        self.rounded = own_copy and store_frozen(self.model, frozen_dtype, "The reference", what)
+        self.model.to(next(policy.parameters()).device)
         use_fused_gelu(self.model)
         with self._adapter(self.model):
             if ref_model is not None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from lmppo.models import ActorCritic, load_weights
 from lmppo.models.adapters import trained_beside
-from lmppo.models.names import parameters_of, state_of, uncompiled
+from lmppo.models.names import parameters_of, saved_state_of, state_of, uncompiled
 from lmppo.pretrained import load_adapter_weights
 from lmppo.protocols import Tokenizer
 from lmppo.redaction import scrub_files
@@ -93,7 +93,7 @@ def _save_policy(policy: Any, directory: Path) -> None:
         if beside:
             save_file(beside, directory / _BESIDE)
     else:
-        policy.save_pretrained(directory, state_dict=state_of(policy))
+        policy.save_pretrained(directory, state_dict=saved_state_of(policy))
 
 
 def load_checkpoint(source: Path, model: ActorCritic, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from transformers.utils import logging as hf_logging
 from lmppo.checks import rounding_tolerance
 from lmppo.models import ActorCritic, load_weights
 from lmppo.models.adapters import copy_to, merge_adapter, probe_ids, probe_logits, trained_beside
+from lmppo.models.held import HeldInBFloat16, plain
 from lmppo.models.inputs import base_of
 from lmppo.models.loading import print_once
 from lmppo.models.lora_critic import HEAD
-from lmppo.models.names import state_of, uncompiled
+from lmppo.models.names import saved_state_of, uncompiled
 from lmppo.models.quantized import is_quantized
 from lmppo.protocols import Tokenizer
 from lmppo.redaction import scrub_files
@@ -142,7 +143,7 @@ def export_model(model: ActorCritic, directory: Path, tokenizer: Tokenizer, plan
 def _write_whole_model(policy: Any, directory: Path) -> None:
     if hasattr(policy, "peft_config"):
         policy = merge_adapter(copy_to(policy, "cpu"))
-    policy.save_pretrained(directory, state_dict=state_of(policy))
+    policy.save_pretrained(directory, state_dict=saved_state_of(policy))
 
 
 def compare_export(policy: Any, directory: Path) -> str:
@@ -165,7 +166,11 @@ def compare_export(policy: Any, directory: Path) -> str:
 def save_adapter(policy: Any, directory: Path) -> None:
     """The active adapter, in the directory itself whatever its name."""
     name = policy.active_adapter
-    policy.save_pretrained(directory, selected_adapters=[name])
+    ends = (policy.get_input_embeddings(), policy.get_output_embeddings())  # of the base peft may save these
+    saved = tuple(f"{path}." for path, module in policy.named_modules() if module in ends)
+    state = policy.state_dict()
+    state = {n: plain(t) for n, t in state.items() if n.startswith(saved) or not isinstance(t, HeldInBFloat16)}
+    policy.save_pretrained(directory, selected_adapters=[name], state_dict=state)
     if (directory / name).is_dir():
         for path in (directory / name).iterdir():
             path.rename(directory / path.name)
@@ -178,9 +183,9 @@ def save_critic(model: ActorCritic, directory: Path) -> None:
     if hasattr(critic, "peft_config"):
         save_adapter(critic, directory / "critic")
     elif critic is not None:
-        critic.save_pretrained(directory / "critic", state_dict=state_of(critic))
+        critic.save_pretrained(directory / "critic", state_dict=saved_state_of(critic))
     if model.value_head is not None:
-        head: dict[str, Tensor] = state_of(model.value_head)
+        head: dict[str, Tensor] = saved_state_of(model.value_head)
         save_file(head, head_file(model, directory))
 
 

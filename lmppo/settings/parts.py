@@ -43,6 +43,11 @@ class RunSettings(Settings):
         "accelerate launch sets 1).",
     )
     bf16: bool = knob(False, "Run forward passes in bfloat16 autocast; weights stay float32.")
+    frozen_dtype: str = knob(
+        "float32",
+        "What weights that are never trained are stored in: float32, or bfloat16 (half the memory); they are computed with "
+        "as before.",
+    )
     gradient_checkpointing: bool = knob(
         False,
         "Compute the layers' activations again in the backward pass instead of keeping them: less memory, more time.",

@@ -27,7 +27,12 @@ RUNS = {
     "separate": {"critic_learning_rate": 2e-2},
     "lora": {"ent_coef": 0.05, "top_p": 0.9, "learning_rate": 3e-2, "kl_form": "k3_both"},
     "lora critic": {"critic_learning_rate": 2e-2, "gradient_checkpointing": True, "ent_coef": 0.05},
-    "lora critic, warm-up": {"critic_warmup_steps": 1, "critic_epochs": 3, "num_layers_unfrozen": 1},
+    "lora critic, warm-up": {
+        "critic_warmup_steps": 1,
+        "critic_epochs": 3,
+        "num_layers_unfrozen": 1,
+        "frozen_dtype": "bfloat16",
+    },
     "untied": {"kl_form": "k2_loss", "truncation": "mask"},
     "head": {"kl_form": "exact_both", "learning_rate": 3e-2},
     "warm-up": {"critic_warmup_steps": 1, "weight_decay": 0.1, "target_kl": 10.0, "kl_target": 0.05, "kl_horizon": 40},
