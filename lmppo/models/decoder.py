@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from lmppo.models.cache import make_cache
 from lmppo.models.inputs import kind_of
 from lmppo.models.language_model import LanguageModel
 from lmppo.models.probe import (
@@ -41,7 +41,7 @@ class Decoder:
     ) -> None:
         self.language_model = language_model
         self.masks_steps = masks_steps
-        self.cache = DynamicCache(config=language_model.model.config)
+        self.cache = make_cache(language_model.model.config)
         rows = torch.cat([prompt_ids * prompt_mask, prompt_mask], dim=1)
         _, copies = torch.unique_consecutive(rows, dim=0, return_inverse=True)
         firsts = torch.unique_consecutive(copies, return_counts=True)[1].cumsum(dim=0)
