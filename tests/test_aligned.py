@@ -151,20 +151,25 @@ def test_the_shortest_batch_there_is():
     assert_each_row_is_its_own(model, tokens_of([([5], [3], "0")]), [([5], [3], "0")])
 
 
+def assert_scores_go_back_to_their_rows(model, record, size):
+    """Log-probabilities and values in groups of this size are those of each of ROWS alone."""
+    logprobs, values = score_tokens(Reference(model.policy), record, 0.7, size), score_values(model, record, size)
+    for i, row in enumerate(ROWS):
+        own_logits, own_values = alone(model, row)
+        for t, counted in enumerate(record.completion_mask[i]):
+            state = len(row[0]) - 1 + t
+            expected = (own_logits[state] / 0.7).log_softmax(-1)[row[1][t]] if counted else torch.tensor(0.0)
+            torch.testing.assert_close(logprobs[i, t], expected, **ROUNDING)
+            torch.testing.assert_close(values[i, t], own_values[state] if counted else torch.zeros(1), **ROUNDING)
+
+
 @pytest.mark.parametrize("size", [1, 2, 6])
 def test_log_probabilities_and_values_in_groups_go_back_to_their_rows(size, monkeypatch):
     monkeypatch.setitem(GROUP_COST, "cpu", 1)
     model, tokens = with_values(ActorCritic(POLICIES["gpt2"]())), tokens_of(ROWS)
     record = TokenRecord(tokens, Support.of_all(*tokens.completion_mask.shape))
     assert len(list(record.micro_batches(size))) > 2
-    logprobs, values = score_tokens(Reference(model.policy), record, 0.7, size), score_values(model, record, size)
-    for i, row in enumerate(ROWS):
-        own_logits, own_values = alone(model, row)
-        for t, counted in enumerate(tokens.completion_mask[i]):
-            state = len(row[0]) - 1 + t
-            expected = (own_logits[state] / 0.7).log_softmax(-1)[row[1][t]] if counted else torch.tensor(0.0)
-            torch.testing.assert_close(logprobs[i, t], expected, **ROUNDING)
-            torch.testing.assert_close(values[i, t], own_values[state] if counted else torch.zeros(1), **ROUNDING)
+    assert_scores_go_back_to_their_rows(model, record, size)
 
 
 THREE = [([5, 6], [7, 8, 9], "101"), ([4], [3, 2], "00"), ([2], [9], "1")]
@@ -252,14 +257,7 @@ def test_packed_groups_go_back_to_their_rows_and_no_line_is_read_for_nothing(siz
     assert sorted(torch.cat([rows for rows, _ in groups]).tolist()) == list(range(len(ROWS)))
     assert all(len(Aligned.of(micro.tokens).ids) <= max(size, 1) for _, micro in groups if micro.tokens.line_length)
     assert {micro.tokens.line_length for _, micro in groups} == ({20} if cost else {0}) or size > 1
-    logprobs, values = score_tokens(Reference(model.policy), record, 0.7, size), score_values(model, record, size)
-    for i, row in enumerate(ROWS):
-        own_logits, own_values = alone(model, row)
-        for t, counted in enumerate(tokens.completion_mask[i]):
-            state = len(row[0]) - 1 + t
-            expected = (own_logits[state] / 0.7).log_softmax(-1)[row[1][t]] if counted else torch.tensor(0.0)
-            torch.testing.assert_close(logprobs[i, t], expected, **ROUNDING)
-            torch.testing.assert_close(values[i, t], own_values[state] if counted else torch.zeros(1), **ROUNDING)
+    assert_scores_go_back_to_their_rows(model, record, size)
 
 
 def test_tokens_that_are_put_there_are_read_and_what_follows_the_last_counted_one_is_not():
