@@ -19,7 +19,7 @@ from lmppo.models import ActorCritic, Reader, Reference, compute_precision, meas
 from lmppo.processes import raised_together
 from lmppo.prompts import PromptBatch, is_conversational, pad_left
 from lmppo.protocols import Tokenizer
-from lmppo.records import Rollout, Samples, TokenRecord, Tokens
+from lmppo.records import Rollout, Samples, TokenRecord
 from lmppo.rewards import RewardSet, Scores
 from lmppo.sampling import ROLLOUT, SamplingParams, sample, uniform_noise
 from lmppo.settings import CollectorSettings
@@ -118,7 +118,6 @@ class Collector:
         with raised_together(self.accelerator, "The rollout"):
             with self.accelerator.autocast():
                 samples = self._sample(prompt_ids, prompt_mask, rows, iteration, purpose)
-                samples = replace(samples, tokens=self._with_below(samples))
                 if self.precision != "no":  # the sampler's matrix shapes round differently
                     samples = replace(samples, logprobs=self._score_tokens(samples))
                 under_reference = self._under_reference(samples, measure)
@@ -161,21 +160,6 @@ class Collector:
             learning = purpose == ROLLOUT
             parts.append(sample(*batch, values=learning, micro_batch_size=config.micro_batch_size))
         return Samples.joined(parts)
-
-    @torch.no_grad()
-    def _with_below(self, samples: Samples) -> Tokens:
-        """The tokens with what frozen lower layers compute of them, if there are such."""
-        model, tokens = self.actor_critic.language_model, samples.tokens
-        if model.frozen is None:
-            return tokens
-        longest = self.accelerator.gather(tokens.attention_mask.sum(dim=1).max().reshape(1)).max()
-        below: Tensor | None = None
-        for rows, micro in samples.micro_batches(self.config.micro_batch_size):
-            states = model.read_below(micro.tokens)
-            if below is None:
-                below = states.new_zeros(len(samples), int(longest), states.shape[2])
-            below[rows, : states.shape[1]] = states
-        return replace(tokens, below=below)
 
     def _score_tokens(self, samples: Samples) -> Tensor:
         return score_tokens(

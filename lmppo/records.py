@@ -25,8 +25,8 @@ class Tokens(Record):
         prompt_mask: ``(B, P)`` True on prompt tokens.
         completion_ids: ``(B, T)`` sampled tokens, padded on the right.
         completion_mask: ``(B, T)`` True on the sampled tokens that count, EOS included.
-        below: ``(B, W, H)`` what frozen lower layers compute of each row, from its first token on; None where there are
-            none.
+        below: ``(B, W, H)`` what frozen lower layers compute of each row, from its first token to the last but one (which
+            are all that is read); None where there are none.
         line_length: The length of the lines in which a model is to read several rows, one behind the other; 0: it reads
             each row as a line.
     """

@@ -109,6 +109,11 @@ class SamplingParams:
             warpers.append(MinPLogitsWarper(self.min_p))
         return warpers(torch.empty(0), scores / self.temperature) > float("-inf")
 
+    def distribution(self, logits: Tensor, allowed: Tensor | None) -> Tensor:
+        """``(B, V)`` log-probabilities to sample from, -inf on the tokens that are not ``allowed``."""
+        kept = logits.float() if allowed is None else logits.float().masked_fill(~allowed, float("-inf"))
+        return (kept if self.temperature == 1 else kept / self.temperature).log_softmax(dim=-1)
+
 
 def uniform_noise(seed: int, iteration: int, rows: range, n_time: int, *, purpose: int = ROLLOUT) -> Tensor:
     """``(len(rows), T)`` float64 uniforms in [0, 1), row by row from a counter-based generator (Philox 4x64).
@@ -127,27 +132,22 @@ def uniform_noise(seed: int, iteration: int, rows: range, n_time: int, *, purpos
     return torch.from_numpy(noise)
 
 
-def draw(logits: Tensor, allowed: Tensor | None, uniforms: Tensor, *, temperature: float) -> Tensor:
+def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """``(B,)`` tokens by inversion of the cumulative distribution: the first token whose cdf exceeds the uniform.
 
     The distribution is accumulated in float64, on the CPU where the device has none (Apple's GPUs).
 
     Args:
-        logits: ``(B, V)``.
-        allowed: ``(B, V)`` True on the tokens that may be drawn; None: all.
+        logprobs: ``(B, V)`` of the distribution, -inf on what it rules out.
         uniforms: ``(B,)`` float64 in [0, 1), on any device.
-        temperature: Divides the logits.
     """
-    scaled = logits.float() / temperature
-    if allowed is not None:
-        scaled = scaled.masked_fill(~allowed, float("-inf"))
-    place = logits.device if has_float64(logits.device) else "cpu"
-    cdf = scaled.softmax(dim=-1).to(place).double().cumsum(dim=-1)
+    place = logprobs.device if has_float64(logprobs.device) else "cpu"
+    cdf = logprobs.exp().to(place).double().cumsum(dim=-1)
     total = cdf[:, -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))
     targets = torch.minimum(uniforms.to(place)[:, None] * total, below_total)
-    token = torch.searchsorted(cdf, targets, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)  # beyond it for a NaN
-    return token.to(logits.device)
+    token = torch.searchsorted(cdf, targets, right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)  # beyond it for a NaN
+    return token.to(logprobs.device)
 
 
 @functools.cache
@@ -186,7 +186,8 @@ def sample(
         micro_batch_size: Rows of the greatest length that a critic of its own reads at a time (default: all).
 
     Returns:
-        :class:`lmppo.records.Samples`, ``T = params.max_completion_length``; 0 where the mask is False.
+        :class:`lmppo.records.Samples`, ``T = params.max_completion_length``; 0 where the mask is False. With frozen layers,
+        its ``tokens.below`` is what they have computed on the way.
 
     Raises:
         NonFiniteError: The policy's logits are NaN or infinite, or -inf for every token that may be sampled.
@@ -203,6 +204,7 @@ def sample(
     uniforms = uniforms.to(device if has_float64(device) else "cpu")
     decoder = model.decoder(prompt_ids, prompt_mask)
     rules, support = _supports(params, n_rows, decoder.logits)
+    below = None if decoder.below is None else _from_first_token(decoder.below, prompt_mask, n_time - 1)
     alive = torch.arange(n_rows, device=device)
     for t in range(n_time):
         logits = decoder.logits
@@ -210,12 +212,11 @@ def sample(
         allowed = params.allowed(logits, None if rules is None else rules[int(t >= params.min_new_tokens)])
         if params.warps and allowed is not None:
             support.entries[alive, t] = pack(allowed)
-        token = draw(logits, allowed, uniforms[alive.to(uniforms.device), t], temperature=params.temperature)
-        possible = logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
-        logprob = (possible.float() / params.temperature).log_softmax(dim=-1)
+        distribution = params.distribution(logits, allowed)
+        token = draw(distribution, uniforms[alive.to(uniforms.device), t])
         ids[alive, t] = token
         mask[alive, t] = True
-        logprobs[alive, t] = logprob.gather(1, token[:, None])[:, 0]
+        logprobs[alive, t] = distribution.gather(1, token[:, None])[:, 0]
         if values and model.critic is None:
             state_values[alive, t] = model.values_of(decoder.hidden)
         finished = endings.of(alive, token)
@@ -231,10 +232,20 @@ def sample(
             alive, token = alive[rows], token[rows]
             decoder.keep(rows)
         decoder.feed(token)
-    record = TokenRecord(Tokens(prompt_ids, prompt_mask, ids, mask), support)
+        if below is not None and decoder.below is not None:
+            below[alive, prompt_mask[alive].sum(dim=1) + t] = decoder.below[:, 0]
+    record = TokenRecord(Tokens(prompt_ids, prompt_mask, ids, mask, below), support)
     if values and model.critic is not None:
         state_values = score_values(model, record, micro_batch_size or n_rows)
     return Samples(record.tokens, support, logprobs, state_values, ended, max_logit)
+
+
+def _from_first_token(states: Tensor, prompt_mask: Tensor, n_more: int) -> Tensor:
+    """``(B, P + n_more, H)`` the states of left-padded prompts, each row from its first token on, and room behind them."""
+    rows, columns = prompt_mask.nonzero(as_tuple=True)
+    result = states.new_zeros(states.shape[0], states.shape[1] + n_more, states.shape[2])
+    result[rows, (prompt_mask.cumsum(dim=1) - 1)[rows, columns]] = states[rows, columns]
+    return result
 
 
 def _supports(params: SamplingParams, n_rows: int, logits: Tensor) -> tuple[Tensor | None, Support]:

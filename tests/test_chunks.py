@@ -261,6 +261,13 @@ def test_a_second_backward_pass_through_the_sum_is_refused():
     assert torch.equal(weight.grad, before)
 
 
+def test_a_second_derivative_of_the_sum_is_refused():
+    hidden, weight = leaves((1, 11, 3), (3, VOCAB))
+    total, _ = sum_over_logits(States(hidden), head_of(weight), cubes(torch.ones(11)), vocab_size=VOCAB)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(total, weight, create_graph=True)
+
+
 @pytest.mark.parametrize("n, most", [(0, 3), (1, 3), (3, 3), (4, 3), (20, 7), (5, 100), (9, 1)])
 def test_chunks_cover_the_tokens_in_order_and_none_is_larger_than_allowed(monkeypatch, n, most):
     monkeypatch.setattr(lmppo.models.chunks, "LOGITS_BYTES", 4 * VOCAB * most + 3)

@@ -71,9 +71,9 @@ def test_the_stand_in_has_no_float64_and_the_cpu_has(device):
 @pytest.mark.parametrize("restricted", [False, True])
 def test_a_draw_is_that_of_the_cpu(device, restricted):
     logits, uniforms = 3 * torch.randn(200, 50), torch.rand(200, dtype=torch.float64)
-    allowed = logits > 0 if restricted else None
-    expected = draw(logits, allowed, uniforms, temperature=0.7)
-    drawn = draw(OnDevice(logits), OnDevice(allowed) if restricted else None, uniforms, temperature=0.7)
+    logprobs = SamplingParams(1, temperature=0.7).distribution(logits, logits > 0 if restricted else None)
+    expected = draw(logprobs, uniforms)
+    drawn = draw(OnDevice(logprobs), uniforms)
     assert drawn.device == DEVICE and drawn.held.equal(expected)
 
 
@@ -83,6 +83,8 @@ def test_the_sampler_draws_what_it_draws_on_the_cpu(device, settings):
 
     class Decoder:
         """Logits from a table, for rows that are left."""
+
+        below = None
 
         def __init__(self, prompt_ids, prompt_mask):
             self.put = OnDevice if isinstance(prompt_ids, OnDevice) else lambda tensor: tensor

@@ -282,7 +282,7 @@ def test_draws_invert_the_cumulative_distribution(temperature):
     support = torch.rand(300, 9, generator=generator) < 0.6
     support[:, 4] = True
     uniforms = torch.rand(300, generator=generator, dtype=torch.float64)
-    tokens = draw(logits, support, uniforms, temperature=temperature)
+    tokens = draw(SamplingParams(1, temperature=temperature).distribution(logits, support), uniforms)
     expected = [brute_force_draw(*row, temperature) for row in zip(logits, support, uniforms.tolist(), strict=True)]
     assert tokens.tolist() == expected
 
@@ -292,7 +292,7 @@ def test_equally_spaced_uniforms_give_every_token_its_share():
     n = 10_000
     uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     support = torch.tensor([[True, True, True, True, False]])
-    tokens = draw(logits.expand(n, -1), support.expand(n, -1), uniforms, temperature=0.8)
+    tokens = draw(SamplingParams(1, temperature=0.8).distribution(logits, support).expand(n, -1), uniforms)
     shares = torch.bincount(tokens, minlength=5) / n
     expected = torch.tensor([0.3, -1.0, 2.0]).div(0.8).softmax(0)
     torch.testing.assert_close(shares[:3], expected, atol=2e-4, rtol=0)  # a grid of 1e-4 has two ends per token
@@ -305,7 +305,7 @@ def test_the_ends_of_the_unit_interval_stay_within_the_support(uniform, expected
     logits = torch.tensor([[9.0, 0.0, 1.0, 1.0, 9.0]])
     support = torch.tensor([[False, True, True, True, False]])
     uniforms = torch.tensor([uniform], dtype=torch.float64)
-    assert draw(logits, support, uniforms, temperature=1.0).tolist() == [expected]
+    assert draw(SamplingParams(1).distribution(logits, support), uniforms).tolist() == [expected]
 
 
 # --- truncation ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Log-probability of the sampled tokens, and entropy, of the distribution that is really sampled from."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,8 @@ def token_logprobs_and_entropy(
         tokens: (...) int64, each in [0, V).
         temperature: Logits are divided by it.
         support: Bool, broadcastable to ``logits``; True = the sampler could choose that token. None: all tokens.
-        entropy_gradient: Whether the entropy is to be differentiated; without, it takes less memory.
+        entropy_gradient: Whether the entropy is to be differentiated. Without, less memory is taken and less is computed,
+            and the log-probabilities can be differentiated once.
 
     Returns:
         ``(logprobs, entropy)``, both (...).
@@ -84,9 +87,12 @@ def token_logprobs_and_entropy(
         ValueError: As :func:`token_logprobs`.
     """
     _check_tokens("token_logprobs_and_entropy", logits, tokens)
+    if not entropy_gradient:
+        kept = _kept_logits("token_logprobs_and_entropy", logits, temperature, support)
+        both: tuple[Tensor, Tensor] = _LogprobsAndEntropy.apply(kept, tokens.unsqueeze(-1))  # type: ignore[no-untyped-call]
+        return both
     logprobs = log_distribution("token_logprobs_and_entropy", logits, temperature=temperature, support=support)
-    entropy = _entropy(logprobs if entropy_gradient else logprobs.detach())
-    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropy
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), _entropy(logprobs)
 
 
 def support_logprobs(logits: Tensor, *, temperature: float = 1.0, support: Tensor | None = None) -> Tensor:
@@ -132,10 +138,39 @@ def _kept_logits(function: str, logits: Tensor, temperature: float, support: Ten
     return torch.where(support, scaled, -torch.inf)
 
 
+# Below it a probability is 0 in any dtype: a log-probability that is raised to it changes no value, and 0 * log 0 is 0.
+_LOG_ZERO = -1e4
+
+
 def _entropy(logprobs: Tensor) -> Tensor:
-    # Below -1e4 the probability is 0 in any dtype, so the clamp changes no value; it keeps 0 * log 0 and its gradient 0.
-    terms, clamped = logprobs.exp(), logprobs.clamp(min=-1e4)
-    return -(terms * clamped if logprobs.requires_grad else terms.mul_(clamped)).sum(dim=-1)
+    return -(logprobs.exp() * logprobs.clamp(min=_LOG_ZERO)).sum(dim=-1)
+
+
+class _LogprobsAndEntropy(torch.autograd.Function):
+    """Log-probabilities of tokens, and entropies without a gradient; only the probabilities are kept for the backward pass.
+
+    ``d log p_a / d z_v = [v = a] - p_v``
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = kept.log_softmax(dim=-1)
+        chosen, probabilities = logprobs.gather(-1, ids).squeeze(-1), logprobs.exp()
+        entropy = -logprobs.clamp_(min=_LOG_ZERO).mul_(probabilities).sum(dim=-1)
+        ctx.save_for_backward(probabilities, ids)
+        ctx.mark_non_differentiable(entropy)
+        return chosen, entropy
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "token_logprobs_and_entropy with entropy_gradient=False can be differentiated once, and create_graph=True "
+                "asks for more: pass entropy_gradient=True."
+            )
+        probabilities, ids = ctx.saved_tensors
+        outer = outer.unsqueeze(-1)
+        return (probabilities * -outer).scatter_add_(-1, ids, outer), None
 
 
 def _check_tokens(function: str, logits: Tensor, tokens: Tensor) -> None:

@@ -58,8 +58,3 @@ class RoomyLayer(DynamicLayer):
             keys, values = (whole.index_select(0, beam_idx.to(whole.device)) for whole in self._whole)
             self._whole = keys, values
             self.keys, self.values = keys[:, :, :n_all], values[:, :, :n_all]
-
-
-def _longer(new: Tensor, n_all: int) -> Tensor:
-    """An empty tensor like this one, for so many tokens and more."""
-    return new.new_empty(*new.shape[:2], n_all + ROOM, new.shape[3])

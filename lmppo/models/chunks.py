@@ -95,8 +95,9 @@ class _WithGradients(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("A sum over logits can be differentiated once, and create_graph=True asks for more.")
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("A second backward pass through a sum over logits: its gradients have been handed on.")

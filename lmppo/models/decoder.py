@@ -1,5 +1,6 @@
 """A policy that is fed one token per row at a time, over a cache of any kind."""
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ class Decoder:
     Attributes:
         logits: ``(B, V)`` of the next token.
         hidden: ``(B, H)`` last hidden state; None where the model gives none.
+        below: ``(B, n, H)`` what frozen lower layers have computed of the n tokens that were read last, the prompt's or
+            one more; None where there are none.
 
     Args:
         language_model: The policy.
@@ -35,6 +38,10 @@ class Decoder:
         prompt_mask: ``(B, P)``.
         masks_steps: Whether the attention mask is given after the prompt as well, see :func:`needs_step_masks`.
     """
+
+    logits: Tensor
+    hidden: Tensor | None
+    below: Tensor | None
 
     def __init__(
         self, language_model: LanguageModel, prompt_ids: Tensor, prompt_mask: Tensor, *, masks_steps: bool
@@ -50,7 +57,8 @@ class Decoder:
         self._forward(prompt_ids.shape[1], masks=True)
         if len(firsts) < len(copies):
             self.keep(copies)
-            self._answer(self.logits[copies], None if self.hidden is None else self.hidden[copies])
+            self.logits = self.logits[copies]
+            self.hidden, self.below = (None if x is None else x[copies] for x in (self.hidden, self.below))
 
     def feed(self, token: Tensor) -> None:
         """Append one token per row, ``(B,)``."""
@@ -71,13 +79,13 @@ class Decoder:
             inputs["attention_mask"] = self.mask
         told = self.language_model.positions.of(self.ids, self.mask)
         inputs |= {name: x[:, -n_new:] for name, x in told.items()}
-        states = self.language_model.forward(last=1, **inputs)
-        hidden = None if states.hidden is None else states.hidden[:, -1]
-        self._answer(self.language_model.logits_of(states)[:, -1], hidden)
-
-    def _answer(self, logits: Tensor, hidden: Tensor | None) -> None:
-        self.logits = logits
-        self.hidden = hidden
+        frozen = self.language_model.frozen
+        with ExitStack() as stack:
+            reached = [] if frozen is None else stack.enter_context(frozen.watching())
+            states = self.language_model.forward(last=1, **inputs)
+        self.logits = self.language_model.logits_of(states)[:, -1]
+        self.hidden = None if states.hidden is None else states.hidden[:, -1]
+        self.below = None if frozen is None else frozen.hidden_in(reached[-1])
 
 
 @torch.no_grad()

@@ -56,24 +56,33 @@ class FrozenLayers:
         Raises:
             UnsupportedModelError: They give something else.
         """
+        with self.watching(stop=True) as reached, contextlib.suppress(_ReachedError):
+            model(**inputs)
+        (output,) = reached or [None]
+        self._n_others = len(output) - 1 if isinstance(output, tuple) else None
+        return self.hidden_in(output)
+
+    @contextlib.contextmanager
+    def watching(self, *, stop: bool = False) -> Iterator[list[Any]]:
+        """Within it, what the lower layers give is appended to the list; ``stop``: an error ends the pass there."""
         reached: list[Any] = []
 
-        def stop(*args: Any) -> None:
+        def reach(*args: Any) -> None:
             reached.append(args[-1])
-            raise _ReachedError
+            if stop:
+                raise _ReachedError
 
-        handle = self.layers[-1].register_forward_hook(stop)
+        handle = self.layers[-1].register_forward_hook(reach)
         try:
-            model(**inputs)
-        except _ReachedError:
-            pass
+            yield reached
         finally:
             handle.remove()
-        output = reached[0] if reached else None
+
+    def hidden_in(self, output: Any) -> Tensor:
+        """``(B, W, H)`` the states in what the lower layers gave."""
         hidden = output[0] if isinstance(output, tuple) else output
         if not isinstance(hidden, Tensor) or hidden.ndim != 3:
             raise self.unsupported("its layers hand on something else than hidden states (B, S, H)")
-        self._n_others = len(output) - 1 if isinstance(output, tuple) else None
         return hidden
 
     @contextlib.contextmanager

@@ -116,9 +116,9 @@ class LanguageModel:
         return self._read(aligned, tokens.below).at(aligned.lines, aligned.columns)
 
     def read_last(self, tokens: Tokens) -> States:
-        """What it computes of the state after each row's last counted token, ``(1, B, ...)``."""
+        """What it computes of the state after each row's last counted token, ``(1, B, ...)``; ``tokens.below`` ends there."""
         aligned = Aligned.of(tokens, whole=True)
-        return self._read(aligned, tokens.below).at(aligned.layout.line, aligned.last)
+        return self._read(aligned, None).at(aligned.layout.line, aligned.last)
 
     def read_below(self, tokens: Tokens) -> Tensor:
         """``(B, W, H)`` what the frozen lower layers compute, for ``tokens.below``; of rows that are not packed."""

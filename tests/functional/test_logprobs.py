@@ -250,3 +250,33 @@ def test_both_at_once_are_the_two_alone_with_their_gradients(temperature, suppor
     (alone[0].sum() + 3 * alone[1].sum()).backward()
     assert once.grad.isfinite().all()
     torch.testing.assert_close(once.grad, twice.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("support", [None, torch.tensor([True]), torch.tensor([True, False, True, True])])
+def test_without_an_entropy_gradient_the_rest_is_the_same(dtype, temperature, support):
+    """A logit of -inf that the model itself gives included; and the numbers and gradients of each are in float32 or wider."""
+    logits = 20 * torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[0, 0, 2] = -INF
+    tokens, weights = torch.tensor([[0, 2, 3], [3, 0, 2]]), torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]])
+    one, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    options = {"temperature": temperature, "support": support}
+    logprobs, entropy = token_logprobs_and_entropy(one, tokens, entropy_gradient=False, **options)
+    expected, expected_entropy = token_logprobs_and_entropy(other, tokens, **options)
+    assert not entropy.requires_grad and entropy.isfinite().all()
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=0)
+    torch.testing.assert_close(entropy, expected_entropy.detach(), rtol=1e-6, atol=1e-6)
+    (weights * logprobs).sum().backward(retain_graph=True)
+    once = one.grad.clone()
+    (weights * expected).sum().backward()
+    torch.testing.assert_close(once, other.grad)
+    (weights * logprobs).sum().backward()
+    torch.testing.assert_close(one.grad, 2 * once, msg="a second pass over a graph that was kept")
+
+
+def test_without_an_entropy_gradient_a_second_derivative_is_refused():
+    logits, tokens = torch.randn(2, 4, requires_grad=True), torch.tensor([0, 3])
+    logprobs, _ = token_logprobs_and_entropy(logits, tokens, entropy_gradient=False)
+    with pytest.raises(RuntimeError, match="pass entropy_gradient=True"):
+        torch.autograd.grad(logprobs.sum(), logits, create_graph=True)
