@@ -80,7 +80,9 @@ class Task:
         """``(V, V)`` probability of each next token after each token."""
         likely = torch.tensor(SUCCESSORS[: self.vocab], dtype=torch.float64)
         found = torch.full((self.vocab, self.vocab), 0.02 / self.vocab, dtype=torch.float64)
-        return found.scatter_add(1, self.drawn["orders"][:, : len(likely)], 0.98 * (likely / likely.sum()).expand(self.vocab, -1))
+        return found.scatter_add(
+            1, self.drawn["orders"][:, : len(likely)], 0.98 * (likely / likely.sum()).expand(self.vocab, -1)
+        )
 
     @cached_property
     def last_of_prompts(self) -> Tensor:
@@ -199,7 +201,9 @@ def kl_along(model: LlamaForCausalLM, reference: LlamaForCausalLM, tokens: Tenso
     return (new.exp() * (new - old)).sum(dim=(1, 2))
 
 
-def best_of(model: LlamaForCausalLM, task: Task, sizes: Sequence[int], n_prompts: int, seed: int = 0) -> dict[int, float]:
+def best_of(
+    model: LlamaForCausalLM, task: Task, sizes: Sequence[int], n_prompts: int, seed: int = 0
+) -> dict[int, float]:
     """Mean reward of the best of each n of the model's own completions, over all groups among the most that are drawn.
 
     Args:
@@ -230,7 +234,7 @@ class Curve:
         self.task, self.reference, self.policy = task, load_model(folder), load_model(folder)
         self.rows: list[dict[str, float]] = []
         self.steps, self.paused = 0, 0.0
-        register_optimizer_step_post_hook(self._count)
+        self.hook = register_optimizer_step_post_hook(self._count)
 
     def _count(self, *_: Any) -> None:
         self.steps += 1
@@ -264,6 +268,7 @@ class Curve:
         if found != expected:
             raise RuntimeError(f"iterations and optimizer steps were {found}; expected {expected}.")
         seconds = self.elapsed()
+        self.hook.remove()
         self.policy.load_state_dict(policy.state_dict())
         self.policy.save_pretrained(output)
         return {"seconds": seconds, "samples": self.task.samples, "optimizer_steps": self.steps, "curve": self.rows}

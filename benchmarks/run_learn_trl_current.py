@@ -1,7 +1,7 @@
 """One run of trl 1.16.0's `RLOOTrainer` or `GRPOTrainer` on the task of learn.py.
 
-Both have no critic: they sample 8 completions of each prompt, and compare them with each other. Both clip gradients to norm 1,
-as lmppo does; everything else that is no size is the default.
+Both have no critic: they sample 8 completions of each prompt, and compare them with each other. Both clip gradients to norm
+1, as lmppo does; everything else that is no size is the default.
 
 The price means the same in RLOO as in PPO: the KL is part of the reward. GRPO has it in the loss, beside advantages that are
 divided by the standard deviation of the rewards of a prompt's completions: with that deviation s, a nat costs `beta` * s of

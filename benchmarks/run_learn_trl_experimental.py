@@ -38,7 +38,9 @@ class Rewards(nn.Module):
 
     def __init__(self, policy: nn.Module, curve: Curve) -> None:
         super().__init__()
-        self.note = lambda tokens: curve.note(policy, tokens)  # not an attribute, whose dropout the trainer would change
+        self.note = lambda tokens: curve.note(
+            policy, tokens
+        )  # not an attribute, whose dropout the trainer would change
 
     def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         """The rewards as a hidden state, ``(B, P + T, 1)``."""
@@ -79,7 +81,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     )
     dataset = Dataset.from_dict({"input_ids": task.prompts(task.samples, TRAINING)})
     reward = ProgrammedReward(policy, curve)
-    trainer = PPOTrainer(config, make_tokenizer(task, "pad_token", "eos_token"), policy, reference, reward, dataset, critic)
+    trainer = PPOTrainer(
+        config, make_tokenizer(task, "pad_token", "eos_token"), policy, reference, reward, dataset, critic
+    )
     curve.start()
     trainer.train()
     return curve.result(policy, job["output"])
