@@ -6,8 +6,8 @@ r"""What lmppo and trl's trainers learn from the same number of samples, on a ta
 The task is chain_task.py's. Every system runs at each price of a nat of KL with each learning rate and the first seed; then,
 for each price, with all seeds at the learning rate that came out best by the objective at that price. One function measures
 the policies that all of them have saved, on the same held-out prompts. Every run is a process of its own. Runs that are there
-already (a JSON file each, in runs/benchmarks/learn) are not repeated: delete those of a system whose settings have changed.
-The first use makes a virtual environment for each version of trl.
+already (a JSON file each, in runs/benchmarks/learn) are not repeated, except those of lmppo whose settings were others; where
+code has changed, delete its files. The first use makes a virtual environment for each version of trl.
 """
 
 import argparse
@@ -27,6 +27,8 @@ import yaml
 from chain_task import HELD_OUT, Task, best_of, kl_along, load_model, make_model, optimum, sample
 from environments import python_of
 from measuring import RESULTS, origin, run_job, spread, table, write
+
+from lmppo import PPOConfig
 
 
 @dataclass(frozen=True)
@@ -90,26 +92,33 @@ def measure(policy: Path, reference: Path, task: Task, draws: int = 4) -> dict[s
 def perform(setting: Setting, task: Task, args: argparse.Namespace) -> Run:
     """The result of a setting, from its file if it is there; one that failed has ``error`` and is not kept."""
     kept, system = args.folder / f"{setting.name}.json", SYSTEMS[setting.system]
-    if kept.exists():
-        return json.loads(kept.read_text())
+    settings = settings_of_lmppo(args) if setting.system == "lmppo" else {}
+    if kept.exists() and (found := json.loads(kept.read_text()))["settings"] == settings:
+        return found
     print(setting.name, file=sys.stderr, flush=True)
     policy = args.folder / setting.name
     job = {"task": dataclasses.asdict(task), "model": str(args.folder / "model"), "output": str(policy)}
     job |= {"price": setting.price, "learning_rate": setting.rate, "seed": setting.seed, **system.job}
     if setting.system == "lmppo":
         job["settings"] = args.settings
-    try:
-        python = python_of(system.venv, args.venvs)
-        result = run_job(system.runner, job, threads=args.threads, python=python, inline=args.smoke)
-        if "error" not in result:
+    python = python_of(system.venv, args.venvs)
+    result = run_job(system.runner, job, threads=args.threads, python=python, inline=args.smoke)
+    if "error" not in result:
+        try:
             result |= measure(policy, args.folder / "model", task)
-    except Exception as error:  # an environment that cannot be made, or a policy that is not a number any more
-        result = {"error": str(error)}
+        except RuntimeError as error:  # a policy whose probabilities are no numbers any more
+            result = {"error": str(error)}
     if "error" in result:
         print(f"{setting.name} failed: {result['error']}", file=sys.stderr, flush=True)
         return result
-    kept.write_text(json.dumps({**dataclasses.asdict(setting), **result}) + "\n")
+    kept.write_text(json.dumps({**dataclasses.asdict(setting), "settings": settings, **result}) + "\n")
     return result
+
+
+def settings_of_lmppo(args: argparse.Namespace) -> dict[str, str]:
+    """All settings of lmppo but what the runs set: other defaults are other runs."""
+    config = PPOConfig(**args.settings)
+    return {field.name: repr(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def worth(run: Run, price: float) -> float:
@@ -120,6 +129,8 @@ def worth(run: Run, price: float) -> float:
 def perform_all(task: Task, args: argparse.Namespace) -> dict[Setting, Run]:
     """The runs with the first seed, then those of the best learning rates with all seeds."""
     grid = [Setting(s, p, r, args.seeds[0]) for s in args.systems for p in args.prices for r in args.rates]
+    for system in args.systems:
+        python_of(SYSTEMS[system].venv, args.venvs)  # made before the runs, that would make it at the same time
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = dict(zip(grid, pool.map(lambda s: perform(s, task, args), grid), strict=True))
         chosen = [best_rate(runs, s, p) for s in args.systems for p in args.prices]

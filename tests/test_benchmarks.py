@@ -428,6 +428,20 @@ def test_runs_that_are_there_are_not_repeated(tmp_path, monkeypatch):
     ]
 
 
+def test_runs_of_lmppo_with_other_settings_are_repeated(tmp_path, monkeypatch):
+    learn, jobs = module("learn"), []
+    monkeypatch.setattr(
+        learn, "run_job", lambda _, job, **__: jobs.append(job["settings"]) or {"reward": 0.0, "kl": 1.0}
+    )
+    monkeypatch.setattr(learn, "measure", lambda *_: {})
+    fixed = {"folder": tmp_path, "venvs": tmp_path, "threads": 1, "smoke": False}
+    for lam in (0.9, 0.9, 0.5, 0.5):
+        learn.perform(
+            learn.Setting("lmppo", 0.5, 1e-3, 0), learn.SMOKE, argparse.Namespace(settings={"lam": lam}, **fixed)
+        )
+    assert jobs == [{"lam": 0.9}, {"lam": 0.5}]
+
+
 def test_the_reward_between_two_points():
     """Exact for normal rewards, whose best reward is sqrt(2 * KL) standard deviations; unknown beyond the points."""
     learn = module("learn")
