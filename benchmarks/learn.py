@@ -257,6 +257,7 @@ def draw(runs: dict[Setting, Run], best: dict[int, float], task: Task, args: arg
         points = [point for point in sorted(points, key=lambda p: p["kl"]) if point["kl"] <= 1.1 * reached + 1]
         style = {"best of n": "k:", "the optimum": "k-"}.get(name, "o-")
         left.plot([p["kl"] for p in points], [p["reward"] for p in points], style, label=name.replace("`", ""))
+    left.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))  # as reward_at has it
     left.set(title="reward against KL, held-out prompts", xlabel="KL to the reference (nats)", ylabel="reward")
     left.legend(fontsize="small")
     price = PRICE if PRICE in args.prices else args.prices[0]
