@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 EXTRAS_demo := data,plots
 EXTRAS_test := data,plots,train,tracking,quantized,dev
 
-.PHONY: demo test families bench setup lint types format clean
+.PHONY: demo test families bench learn setup lint types format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml recipes/ppo_sentiment.py \
@@ -34,6 +34,10 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/scaling.py --markdown docs/speed.md
 	$(BIN)/python benchmarks/startup.py --markdown docs/speed.md
 	$(BIN)/python benchmarks/memory.py --markdown docs/memory.md
+
+# About an hour; runs that are there already are not repeated. See docs/results.md.
+learn: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/learn.py --markdown docs/results.md $(ARGS)
 
 setup: $(VENV)/.installed-test
 

@@ -4,7 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# trl 0.11.4 is the last release with the PPOTrainer that has `step`; trl 1.12.0 the last one with trl.experimental.ppo.
+# trl 0.11.4 is the last release with the PPOTrainer that has `step`; trl 1.12.0 the last one with trl.experimental.ppo;
+# trl 1.16.0 is the one in constraints.txt.
 REQUIREMENTS = {
     "trl_classic": [
         "torch==2.13.0",
@@ -24,6 +25,13 @@ REQUIREMENTS = {
         "transformers==5.23.0",
         "accelerate==1.15.0",
         "peft==0.21.2",
+        "datasets==5.2.0",
+    ],
+    "trl_current": [
+        "torch==2.13.0",
+        "trl==1.16.0",
+        "transformers==5.23.0",
+        "accelerate==1.15.0",
         "datasets==5.2.0",
     ],
 }

@@ -1,7 +1,9 @@
 """The benchmarks run, their tables go where they belong, and their formulas count what is there."""
 
+import argparse
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import mmap
@@ -27,12 +29,15 @@ TABLES = {
     "profile_iteration": ("profile",),
     "startup": ("startup",),
     "best_of_n": ("best-of-n",),
+    "learn": ("learn",),
 }
 QUICK = {
     "speed": ["--workloads", "W3", "W4", "--rounds", "2", "--iterations", "1"],
     "scaling": ["--sizes", "batch", "layers", "--iterations", "1"],
     "profile_iteration": ["--workloads", "W2", "--iterations", "1"],
 }
+CHAIN = {"vocab": 3, "prompt": 2, "length": 3, "layers": 1, "width": 8, "heads": 2, "pretraining": 5}
+RUN = {"iterations": 2, "batch": 4, "minibatch": 2, "epochs": 2, "group": 2}
 TINY = {"layers": 2, "width": 16, "heads": 2, "vocab": 64, "batch": 4, "length": 4, "prompt": (5, 5)}
 
 
@@ -62,7 +67,7 @@ def test_a_script_runs_and_replaces_its_tables(script, tmp_path):
 
 def test_the_pages_have_places_for_all_tables():
     places = {"docs/speed.md": ("speed", "scaling", "profile", "startup"), "docs/memory.md": ("memory", "fits")}
-    places["docs/results.md"] = ("best-of-n",)
+    places["docs/results.md"] = ("best-of-n", "learn")
     assert {name for names in places.values() for name in names} == {
         name for names in TABLES.values() for name in names
     }
@@ -265,3 +270,182 @@ def test_the_environments_of_the_others_are_made_once(tmp_path, monkeypatch):
     environments.python_of("trl_classic", tmp_path)
     assert len(calls) == 2
     assert environments.python_of("lmppo", tmp_path) == sys.executable
+
+
+@pytest.fixture
+def chain():
+    return module("chain_task").Task(**CHAIN)
+
+
+def every(number, vocab):
+    """All rows of so many tokens."""
+    return torch.tensor(list(itertools.product(range(vocab), repeat=number)))
+
+
+def paths(chain):
+    """All prompts with all completions; under the chain: the probability of the prompt, and of the completion after it."""
+    tokens = every(chain.prompt + chain.length, chain.vocab)
+    steps = chain.transitions[tokens[:, :-1], tokens[:, 1:]]
+    start = steps[:, : chain.prompt - 1].prod(dim=1) / chain.vocab
+    return tokens, start, steps[:, chain.prompt - 1 :].prod(dim=1)
+
+
+def test_the_chains_completions_earn_0_on_average_with_a_standard_deviation_of_1_5(chain):
+    tokens, start, rest = paths(chain)
+    assert (start * rest).sum().item() == pytest.approx(1.0)
+    rewards = chain.rewards(tokens[:, chain.prompt :]).double()
+    mean = (start * rest * rewards).sum()
+    assert mean.item() == pytest.approx(0.0, abs=1e-6)
+    assert (start * rest * (rewards - mean) ** 2).sum().sqrt().item() == pytest.approx(1.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("price", [0.2, 0.5, 2.0])
+def test_the_optimum_is_that_of_all_completions(chain, price):
+    """The best policy is proportional to p * exp(reward / price): its reward, its KL, and that no other is better."""
+    tokens, start, rest = paths(chain)
+    rewards = chain.rewards(tokens[:, chain.prompt :]).double()
+    of_prompt = (chain.vocab**chain.prompt, -1)  # the prompt's tokens come first
+    logits = (rest.log() + rewards / price).view(of_prompt)
+    best = logits.softmax(dim=1)
+    reward = (start.view(of_prompt) * best * rewards.view(of_prompt)).sum().item()
+    kl = (start.view(of_prompt) * best * (best.log() - rest.log().view(of_prompt))).sum().item()
+    expected = {"objective": reward - price * kl, "kl": kl, "reward": reward}
+    assert module("chain_task").optimum(chain, price) == pytest.approx(expected, abs=1e-5)
+    other = (logits + 0.1 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))).softmax(dim=1)
+    gain = rewards.view(of_prompt) - price * (other.log() - rest.log().view(of_prompt))
+    assert (start.view(of_prompt) * other * gain).sum().item() < expected["objective"]
+
+
+def models_of(chain, folder):
+    """The chain's model, and another one."""
+    chain_task = module("chain_task")
+    chain_task.make_model(chain, folder / "model")
+    model, other = (chain_task.load_model(folder / "model") for _ in range(2))
+    with torch.no_grad():
+        other.lm_head.weight.mul_(-20.0)
+    return model, other
+
+
+def completions_of(model, chain):
+    """All prompts with all completions; the probability of the completion under the model."""
+    tokens = every(chain.prompt + chain.length, chain.vocab)
+    with torch.no_grad():
+        logprobs = model(input_ids=tokens).logits.double().log_softmax(dim=-1)[:, :-1]
+    return tokens, logprobs.gather(2, tokens[:, 1:, None])[:, chain.prompt - 1 :, 0].sum(dim=1).exp()
+
+
+def test_the_kl_along_samples_is_that_of_all_completions(chain, tmp_path):
+    reference, model = models_of(chain, tmp_path)
+    tokens, new = completions_of(model, chain)
+    _, old = completions_of(reference, chain)
+    along = module("chain_task").kl_along(model, reference, tokens, chain.prompt).double()
+    expected = (new * (new / old).log()).sum().item()
+    assert (new * along).sum().item() == pytest.approx(expected, abs=1e-4) and expected > 0.1
+
+
+def test_best_of_n_is_the_mean_of_the_largest(chain, tmp_path):
+    """Against the distribution of all completions: P(the largest <= r) = P(one <= r)^n. 0.06: four standard errors."""
+    chain_task = module("chain_task")
+    _, model = models_of(chain, tmp_path)
+    tokens, probabilities = completions_of(model, chain)
+    n_prompts = 2500
+    found = chain_task.best_of(model, chain, [1, 4], n_prompts)
+    rewards = chain.rewards(tokens[:, chain.prompt :]).double()
+    expected = {1: 0.0, 4: 0.0}
+    for prompt in chain.prompts(n_prompts, chain_task.HELD_OUT):
+        rows = (tokens[:, : chain.prompt] == torch.tensor(prompt)).all(dim=1)
+        ordered, at = rewards[rows].sort()
+        for n in expected:
+            up_to = probabilities[rows][at].cumsum(dim=0) ** n
+            expected[n] += (ordered * up_to.diff(prepend=torch.zeros(1))).sum().item() / n_prompts
+    assert found == pytest.approx(expected, abs=0.06) and expected[4] > expected[1] + 0.5
+
+
+def test_one_prompt_and_seed_give_one_task(chain):
+    again = module("chain_task").Task(**CHAIN)
+    assert torch.equal(again.transitions, chain.transitions) and torch.equal(again.scores, chain.scores)
+    assert again.prompts(5, 3) == chain.prompts(5, 3) != chain.prompts(5, 4)
+
+
+@pytest.mark.parametrize("method", ["rloo", "grpo", None], ids=str)
+def test_a_run_has_the_samples_and_steps_of_the_task(method, tmp_path):
+    """That of another version of trl is checked where it runs: a run with other numbers fails."""
+    chain_task = module("chain_task")
+    task = chain_task.Task(**CHAIN, **RUN)
+    chain_task.make_model(task, tmp_path / "model")
+    job = {"task": {**CHAIN, **RUN}, "model": str(tmp_path / "model"), "output": str(tmp_path / "policy")}
+    job |= {"price": 0.5, "learning_rate": 1e-3, "seed": 0, "method": method}
+    result = module("run_learn_trl_current" if method else "run_learn_lmppo").run(job)
+    assert result["samples"] == 8 and result["optimizer_steps"] == 8 and len(result["curve"]) == 2
+    assert result["curve"][0]["kl"] == pytest.approx(0.0, abs=1e-6) and result["curve"][1]["kl"] > 1e-6
+    assert result["curve"][0]["seconds"] < result["curve"][1]["seconds"] < result["seconds"]
+    measured = module("learn").measure(tmp_path / "policy", tmp_path / "model", task)
+    assert measured["kl"] > 1e-6
+    assert measured["objective"] == pytest.approx(measured["reward"] - 0.5 * measured["kl"], abs=1e-5)
+
+
+def test_a_run_with_other_samples_or_steps_fails(chain, tmp_path):
+    chain_task = module("chain_task")
+    chain_task.make_model(chain, tmp_path / "model")
+    curve = chain_task.Curve(chain, str(tmp_path / "model"))
+    curve.start()
+    with pytest.raises(RuntimeError, match=r"were \(0, 0\); expected \(60, 960\)"):
+        curve.result(curve.policy, str(tmp_path / "policy"))
+
+
+def test_runs_that_are_there_are_not_repeated(tmp_path, monkeypatch):
+    """One that failed is, and counts for nothing."""
+    learn, jobs = module("learn"), []
+
+    def run_job(runner, job, **_):
+        jobs.append((runner, job["price"], job["learning_rate"], job["seed"]))
+        good = {"reward": 1000 * job["learning_rate"] + job["seed"], "kl": 1.0, "seconds": 1.0, "curve": []}
+        return {"error": "no"} if job["learning_rate"] > 5e-4 else good
+
+    monkeypatch.setattr(learn, "run_job", run_job)
+    monkeypatch.setattr(learn, "python_of", lambda *_: "python")
+    monkeypatch.setattr(learn, "measure", lambda *_: {})
+    fixed = {"folder": tmp_path, "venvs": tmp_path, "threads": 1, "jobs": 1, "smoke": False, "settings": {}}
+    args = argparse.Namespace(systems=["grpo"], prices=[0.5], rates=[1e-4, 3e-4, 1e-3], seeds=[0, 1], **fixed)
+    first = learn.perform_all(learn.SMOKE, args)
+    grid = [("learn_trl_current", 0.5, rate, 0) for rate in args.rates]
+    assert jobs == [*grid, ("learn_trl_current", 0.5, 3e-4, 1)]
+    assert [run["reward"] for run in learn.of_all_seeds(first, "grpo", 0.5)] == pytest.approx([0.3, 1.3])
+    rows = learn.by_price(first, {1: 0.0}, learn.SMOKE, args)
+    assert rows[-1] == [
+        "0.5",
+        "trl 1.16.0, `GRPOTrainer`",
+        "0.0003",
+        "0.8 (0.3..1.3)",
+        "1 (1..1)",
+        "0.3 (-0.2..0.8)",
+        "1 (1..1)",
+    ]
+    assert learn.by_rate(first, args) == [["trl 1.16.0, `GRPOTrainer`", "-0.4", "-0.2", "failed"]]
+    again = learn.perform_all(learn.SMOKE, args)
+    assert jobs[4:] == [grid[2]] and [run["reward"] for run in again.values() if "reward" in run] == [
+        run["reward"] for run in first.values() if "reward" in run
+    ]
+
+
+def test_runs_of_lmppo_with_other_settings_are_repeated(tmp_path, monkeypatch):
+    learn, jobs = module("learn"), []
+    monkeypatch.setattr(
+        learn, "run_job", lambda _, job, **__: jobs.append(job["settings"]) or {"reward": 0.0, "kl": 1.0}
+    )
+    monkeypatch.setattr(learn, "measure", lambda *_: {})
+    fixed = {"folder": tmp_path, "venvs": tmp_path, "threads": 1, "smoke": False}
+    for lam in (0.9, 0.9, 0.5, 0.5):
+        learn.perform(
+            learn.Setting("lmppo", 0.5, 1e-3, 0), learn.SMOKE, argparse.Namespace(settings={"lam": lam}, **fixed)
+        )
+    assert jobs == [{"lam": 0.9}, {"lam": 0.5}]
+
+
+def test_the_reward_between_two_points():
+    """Exact for normal rewards, whose best reward is sqrt(2 * KL) standard deviations; unknown beyond the points."""
+    learn = module("learn")
+    points = [{"kl": kl, "reward": 1.5 * math.sqrt(2 * kl)} for kl in (5.0, 0.0, 1.0)]
+    assert learn.reward_at(3.0, points) == pytest.approx(1.5 * math.sqrt(6.0))
+    assert learn.reward_at(5.0, points) == pytest.approx(1.5 * math.sqrt(10.0))
+    assert math.isnan(learn.reward_at(5.1, points))

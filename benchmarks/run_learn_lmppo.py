@@ -1,0 +1,49 @@
+"""One run of lmppo on the task of learn.py: a value head on the policy's trunk, default settings but for the sizes."""
+
+import json
+import sys
+import tempfile
+from typing import Any
+
+import torch
+from chain_task import TRAINING, Curve, Task, load_model, make_tokenizer
+
+from lmppo import PPOConfig, PPOTrainer
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """The curve's result of a job; ``settings`` of the job are further ones of lmppo."""
+    task = Task(**job["task"])
+    policy, curve = load_model(job["model"]), Curve(task, job["model"])
+
+    def reward(ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return curve.note(policy, torch.cat([torch.tensor(ids), torch.tensor(completion_ids)], dim=1))
+
+    config = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": task.iterations,
+        "rollout_batch_size": task.batch,
+        "minibatch_size": task.minibatch,
+        "micro_batch_size": task.minibatch,
+        "ppo_epochs": task.epochs,
+        "max_completion_length": task.length,
+        "learning_rate": job["learning_rate"],
+        "kl_coef": job["price"],
+        "seed": job["seed"],
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    trainer = PPOTrainer(
+        model=policy,
+        reward_funcs=reward,
+        args=PPOConfig(**(config | job.get("settings", {}))),
+        train_dataset=[{"prompt": ids, "ids": ids} for ids in task.prompts(task.samples, TRAINING)],
+        processing_class=make_tokenizer(task),
+    )
+    curve.start()
+    trainer.train()
+    return curve.result(policy, job["output"])
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(json.loads(sys.argv[1]))))
