@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a constant rate": {"lr_scheduler_type": "constant"},
     "these three together": BEFORE,
     "lam 0.9": {"lam": 0.9},
+    "lam 0.98": {"lam": 0.98},
     "lam 1": {"lam": 1.0},
     "critic_lam 1": {"critic_lam": 1.0},
     "vf_coef 1": {"vf_coef": 1.0},
