@@ -258,14 +258,19 @@ class Curve:
         self.paused += time.perf_counter() - entered
         return rewards.tolist()
 
-    def result(self, policy: torch.nn.Module, output: str) -> dict[str, Any]:
+    def result(self, policy: torch.nn.Module, output: str, *, same_steps: bool = True) -> dict[str, Any]:
         """What a run returns; its policy is saved.
+
+        Args:
+            policy: As it is at the end.
+            output: Where it is saved.
+            same_steps: Whether the run must have had the task's number of optimizer steps.
 
         Raises:
             RuntimeError: The run had other numbers of samples or optimizer steps than the task's.
         """
         found, expected = (len(self.rows), self.steps), (self.task.iterations, self.task.optimizer_steps)
-        if found != expected:
+        if found[0] != expected[0] or (same_steps and found != expected):
             raise RuntimeError(f"iterations and optimizer steps were {found}; expected {expected}.")
         seconds = self.elapsed()
         self.hook.remove()

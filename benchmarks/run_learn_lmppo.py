@@ -12,7 +12,10 @@ from lmppo import PPOConfig, PPOTrainer
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """The curve's result of a job; ``settings`` of the job are further ones of lmppo."""
+    """The curve's result of a job, and what its critic explained; ``settings`` of the job are further ones of lmppo.
+
+    They may be such that the number of optimizer steps is another.
+    """
     task = Task(**job["task"])
     policy, curve = load_model(job["model"]), Curve(task, job["model"])
 
@@ -42,7 +45,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     )
     curve.start()
     trainer.train()
-    return curve.result(policy, job["output"])
+    rows = [{name: x for name, x in row.items() if "explained_variance" in name} for row in trainer.state.log_history]
+    return curve.result(policy, job["output"], same_steps=not job.get("settings")) | {"rows": rows}
 
 
 if __name__ == "__main__":

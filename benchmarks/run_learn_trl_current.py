@@ -34,7 +34,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     config = make_config(
         output_dir=tempfile.mkdtemp(),
         learning_rate=job["learning_rate"],
-        lr_scheduler_type="constant",
         weight_decay=0.0,
         beta=job["price"],
         num_generations=task.group,

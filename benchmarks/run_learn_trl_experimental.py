@@ -58,7 +58,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     config = PPOConfig(
         output_dir=tempfile.mkdtemp(),
         learning_rate=job["learning_rate"],
-        lr_scheduler_type="constant",
         weight_decay=0.0,
         kl_coef=job["price"],
         # With the minibatch here and gradient accumulation instead, it would step once per pass.

@@ -1,31 +1,47 @@
 """AdamW, and the learning rate as a pure function of the iteration: nothing to save, nothing to step twice."""
 
 import math
+from typing import Any
 
 import torch
+from torch import nn
 
 from lmppo.models import ActorCritic
 from lmppo.protocols import Optimizer
 from lmppo.settings import OptimizerSettings, ScheduleSettings
 
+HEAD_STEP = 0.5
+"""How far one step of AdamW moves a value at most, in units of the reward, if nothing says how fast a value head learns."""
+
 
 def make_optimizer(model: ActorCritic, args: OptimizerSettings) -> torch.optim.AdamW:
-    """AdamW with the policy's parameters in one group and the critic's own in another.
+    """AdamW with groups of parameters for the policy, a critic of its own and a value head, as far as there are such.
+
+    Each group has its rate as ``initial_lr``, which the schedule starts from.
 
     Raises:
         ValueError: Every parameter of the policy is frozen.
     """
-    groups = [{"params": model.policy_parameters()}, {"params": model.critic_parameters()}]
-    if not groups[0]["params"]:
+    policy = model.policy_parameters()
+    if not policy:
         raise ValueError(
             "The policy has no trainable parameters. Load an adapter with PeftModel.from_pretrained(..., "
             "is_trainable=True)."
         )
+    groups = [_group(policy, args.learning_rate)]
+    if model.critic is not None:
+        own = [p for p in model.critic.parameters() if p.requires_grad]
+        groups.append(_group(own, args.critic_learning_rate or args.learning_rate))
+    if model.value_head is not None:
+        head = list(model.value_head.parameters())
+        groups.append(_group(head, args.critic_learning_rate or model.head_learning_rate(HEAD_STEP)))
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=fused
-    )
+    return torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay, fused=fused)
+
+
+def _group(parameters: list[nn.Parameter], rate: float) -> dict[str, Any]:
+    return {"params": parameters, "lr": rate, "initial_lr": rate}
 
 
 def learning_rate_at(iteration: int, base: float, config: ScheduleSettings) -> float:
@@ -50,9 +66,7 @@ def learning_rate_at(iteration: int, base: float, config: ScheduleSettings) -> f
 
 
 def set_learning_rates(optimizer: Optimizer, iteration: int, config: ScheduleSettings) -> tuple[float, float]:
-    """Set the learning rates of the optimizer's two groups, policy and critic, for this iteration, and return them."""
-    bases = (config.learning_rate, config.critic_learning_rate or config.learning_rate)
-    rates = tuple(learning_rate_at(iteration, base, config) for base in bases)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    return rates[0], rates[1]
+    """Set the rates of the optimizer's groups for this iteration; the policy's, and that of the value head or critic."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(iteration, group["initial_lr"], config)
+    return optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]

@@ -74,6 +74,9 @@ def make_config(output_dir, **settings):
         "eval_completions": 8,
         "ppo_epochs": 2,
         "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "critic_learning_rate": settings.get("learning_rate", 1e-2),  # one rate: tests compute the steps by hand
+        "value_clip_range": 0.2,
         "disable_tqdm": True,
         "use_cpu": True,
     }

@@ -107,7 +107,7 @@ def test_the_readme_example_runs_and_learns(tmp_path, monkeypatch):
     runpy.run_path("example.py")
     (run,) = (tmp_path / "runs").iterdir()
     rewards = [json.loads(line)["reward"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(rewards) == 10 and sum(rewards[-5:]) > 5 * sum(rewards[:5])
+    assert len(rewards) == 20 and sum(rewards[-5:]) > 5 * sum(rewards[:5])
     assert (run / "final" / "model.safetensors").exists()
 
 

@@ -183,7 +183,9 @@ def test_only_the_top_layers_are_read_again_where_the_others_are_frozen():
     layer.register_forward_hook(lambda *args: runs.append(1))
     torch.testing.assert_close(model.values(below), expected, **CLOSE)
     assert runs == []
-    torch.testing.assert_close(model.last_values(below), last, **CLOSE)  # of which the lower layers have not read the last
+    torch.testing.assert_close(
+        model.last_values(below), last, **CLOSE
+    )  # of which the lower layers have not read the last
 
 
 # --- what learns -----------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """The learning rate is a function of the iteration, written out by hand."""
 
 import pytest
+import torch
+from builders import build_model, make_samples
 
 from lmppo import PPOConfig
 from lmppo.control import CriticWarmup
-from lmppo.optimizer import learning_rate_at
+from lmppo.optimizer import HEAD_STEP, learning_rate_at, make_optimizer, set_learning_rates
 
 
 def rates(**settings):
@@ -13,7 +15,7 @@ def rates(**settings):
 
 
 def test_constant():
-    assert rates(max_steps=4) == [1.0] * 4
+    assert rates(max_steps=4, lr_scheduler_type="constant") == [1.0] * 4
 
 
 def test_linear_falls_to_zero_just_after_the_last_iteration():
@@ -63,3 +65,56 @@ def test_the_warm_up_ends_for_good_once_the_critic_explains_enough():
     resumed.load_state_dict(warmup.state_dict())
     resumed.update(4, -1.0)
     assert resumed.over
+
+
+# --- each part has its own rate --------------------------------------------------------------------------------------
+
+
+def rates_of(model, **settings):
+    """The first rate of each part, and what is logged."""
+    config = PPOConfig(learning_rate=1e-3, max_steps=4, **settings)
+    optimizer = make_optimizer(model, config)
+    set_learning_rates(optimizer, 0, config)
+    first = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    parts = {"policy": model.policy, "critic": model.critic, "head": model.value_head}
+    found = {name: {first[p] for p in part.parameters() if p.requires_grad} for name, part in parts.items() if part}
+    assert all(len(rates) == 1 for rates in found.values())
+    logged = set_learning_rates(optimizer, 2, config)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+        [0.5 * group["initial_lr"] for group in optimizer.param_groups]
+    ), "linear: half of it is left after 2 of 4 steps"
+    return {name: rates.pop() for name, rates in found.items()}, logged
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate", "lora"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_given_rate_is_that_of_the_critic_and_of_the_head(family, kind):
+    rates, logged = rates_of(build_model(family, kind), critic_learning_rate=0.02)
+    assert rates.pop("policy") == 1e-3 and set(rates.values()) == {0.02} and logged == pytest.approx((5e-4, 0.01))
+
+
+def test_without_one_a_critic_of_its_own_has_the_policys():
+    rates, logged = rates_of(build_model("gpt2", "separate"))
+    assert rates == {"policy": 1e-3, "critic": 1e-3} and logged == pytest.approx((5e-4, 5e-4))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_without_one_the_first_step_moves_values_by_half_a_unit_of_the_reward(family, scale):
+    """Of states of any size. Adam's first step moves each weight by the rate, so a value by up to the rate times the sum
+    of a state's absolute values: of real rollouts here, not of the probe's tokens."""
+    model = build_model(family, "shared")
+    final = model.policy.transformer.ln_f if family == "gpt2" else model.policy.model.norm
+    with torch.no_grad():
+        for parameter in final.parameters():
+            parameter.mul_(scale)
+    model = type(model)(model.policy)
+    config = PPOConfig(learning_rate=1e-3, lr_scheduler_type="constant")
+    optimizer = make_optimizer(model, config)
+    assert set_learning_rates(optimizer, 0, config)[0] == 1e-3
+    tokens = make_samples(model).tokens
+    hidden = model.language_model.read(tokens).hidden[0]
+    model.value_head.weight.grad = hidden[:1].clone()  # toward one state's value
+    optimizer.step()
+    moved = (hidden[:1] @ model.value_head.weight.T).abs().item()
+    assert moved == pytest.approx(HEAD_STEP, rel=0.5)

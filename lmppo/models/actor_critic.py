@@ -104,6 +104,15 @@ class ActorCritic(nn.Module):
         """The parameters the policy loss may move."""
         return [p for p in self.policy.parameters() if p.requires_grad]
 
+    def head_learning_rate(self, step: float) -> float:
+        """The rate at which a step of Adam's moves a value by ``step``, in units of the reward, or less.
+
+        Each weight of the value head moves by the rate at most, and a value by the rate times the sum of a hidden state's
+        absolute values.
+        """
+        assert self._value_reader is not None
+        return step / max(self._value_reader.size_of_states, 1.0)
+
     def critic_parameters(self) -> list[nn.Parameter]:
         """The parameters that only the value loss moves."""
         modules = [module for module in (self.critic, self.value_head) if module is not None]

@@ -42,6 +42,7 @@ class LanguageModel:
         positions: How it counts positions.
         cache_name: What it calls its cache; empty where it has none of transformers' kind (RWKV's ``state``).
         width: ``H``; 0 where the model gives no hidden states.
+        size_of_states: The sum of a hidden state's absolute values, on average over the probe's tokens.
         frozen: Its lower layers, if they are never trained.
 
     Args:
@@ -60,14 +61,15 @@ class LanguageModel:
         self.trunk: Any = None
         self._output_class: Any = None
         self.cache_name = next((n for n in ("past_key_values", "cache_params") if takes(model, n)), "")
-        self.positions, self.width = self._probe(name)
+        self.positions, hidden = self._probe(name)
+        self.width, self.size_of_states = hidden.shape[-1], hidden.abs().sum(dim=-1).mean().item()
         if num_layers_unfrozen is not None:
             self.frozen = FrozenLayers(model, num_layers_unfrozen, name)
             self._check_frozen()
 
     @torch.no_grad()
-    def _probe(self, name: str) -> tuple[Positions, int]:
-        """How the model counts positions, and the width of its hidden states, as the model itself tells."""
+    def _probe(self, name: str) -> tuple[Positions, Tensor]:
+        """How the model counts positions, and the hidden states of the probe's tokens ``(N, H)``, as it itself tells."""
         kind = kind_of(self.model)
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
@@ -87,7 +89,8 @@ class LanguageModel:
             check_causal(self.outputs, tokens, alone, self.model, name)
             told = takes(self.model if self.trunk is None else self.trunk, "position_ids")
             positions = find_positions(self.outputs, tokens, alone, self.model, name, takes_positions=told)
-        return positions, alone[0][1].shape[-1] if len(alone[0]) > 1 else 0
+        hidden = [numbers[1].float().flatten(0, -2) for numbers in alone if len(numbers) > 1]
+        return positions, torch.cat(hidden) if hidden else torch.zeros(1, 0)
 
     @torch.no_grad()
     def _check_frozen(self) -> None:

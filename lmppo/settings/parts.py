@@ -242,7 +242,7 @@ class CriticSettings(Settings):
     """How the critic learns."""
 
     value_clip_range: float | None = knob(
-        0.2, "Clip range of values around their old values, in the value loss ('none': no clipping)."
+        None, "Clip range of values around their old values, in the value loss ('none': no clipping)."
     )
     vf_coef: float = knob(0.1, "Weight of the value loss.")
     critic_epochs: int | None = knob(None, "The critic's passes over each rollout (default: ppo_epochs).")
@@ -289,9 +289,11 @@ class OptimizerSettings(Settings):
 
     learning_rate: float = knob(1e-5, "AdamW's learning rate for the policy, and for a trunk shared with the critic.")
     critic_learning_rate: float | None = knob(
-        None, "Learning rate of the value head or critic (default: learning_rate)."
+        None,
+        "Learning rate of the value head or critic (default: of a value head, what moves a value by half a unit of the "
+        "reward a step at most; of a critic of its own, learning_rate).",
     )
-    lr_scheduler_type: str = knob("constant", f"Learning rate schedule over the iterations: {', '.join(SCHEDULES)}.")
+    lr_scheduler_type: str = knob("linear", f"Learning rate schedule over the iterations: {', '.join(SCHEDULES)}.")
     warmup_steps: int = knob(0, "Iterations of linear learning rate warm-up.")
     weight_decay: float = knob(0.0, "AdamW's weight decay.")
     adam_beta1: float = knob(0.9, "AdamW's beta1.")
