@@ -259,6 +259,7 @@ def draw(runs: dict[Setting, Run], best: dict[int, float], task: Task, args: arg
         left.plot([p["kl"] for p in points], [p["reward"] for p in points], style, label=name.replace("`", ""))
     left.set_xscale("function", functions=(lambda x: abs(x) ** 0.5, lambda x: x**2))  # as reward_at has it
     left.set(title="reward against KL, held-out prompts", xlabel="KL to the reference (nats)", ylabel="reward")
+    left.set_xlim(left=0)
     left.legend(fontsize="small")
     price = PRICE if PRICE in args.prices else args.prices[0]
     for system in args.systems:
