@@ -58,7 +58,7 @@ LEXICON_PRICE = 0.03  # VADER's scores deviate by 0.45 from their mean, the clas
 LEXICON = {
     "reward_funcs": "lexicon", "critic_model_name_or_path": "none", "critic_learning_rate": "none", "max_steps": 60,
     "rollout_batch_size": 64, "minibatch_size": 16, "ppo_epochs": 4, "kl_coef": LEXICON_PRICE, "eval_completions": 1024,
-    "cpu_threads": 1, "disable_tqdm": "true",
+    "disable_tqdm": "true",
 }  # fmt: skip
 EXPLAINED = ("critic/explained_variance", "critic/explained_variance_within_prompts")
 COLUMNS = ("objective", "reward", "kl", *EXPLAINED)
@@ -69,7 +69,7 @@ def chain(settings: dict[str, Any], seed: int, folder: Path, args: argparse.Name
     task = SMOKE if args.smoke else Task()
     job = {"task": dataclasses.asdict(task), "model": str(args.folder / "model"), "output": str(folder)}
     job |= {"price": PRICE, "learning_rate": RATE, "seed": seed, "settings": settings}
-    result = run_job("learn_lmppo", job, threads=1, python=sys.executable, inline=args.smoke)
+    result = run_job("learn_lmppo", job, threads=args.threads, python=sys.executable, inline=args.smoke)
     if "error" in result:
         raise RuntimeError(f"{folder.name}: {result['error']}")
     return measure(folder, args.folder / "model", task) | explained(result["rows"])
@@ -77,11 +77,20 @@ def chain(settings: dict[str, Any], seed: int, folder: Path, args: argparse.Name
 
 def lexicon(settings: dict[str, Any], seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One run of the recipe, which ends with an evaluation on held-out prompts."""
-    flags = LEXICON | settings | {"seed": seed, "output_dir": folder} | ({"max_steps": 1} if args.smoke else {})
+    flags = (
+        LEXICON
+        | settings
+        | {"seed": seed, "output_dir": folder, "cpu_threads": args.threads}
+        | ({"max_steps": 1} if args.smoke else {})
+    )
     command = [sys.executable, "recipes/ppo_sentiment.py", "--config", "recipes/configs/tiny_reviews.yaml"]
     command += [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     subprocess.run(
-        command, check=True, cwd=HERE.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL
+        command,
+        check=True,
+        cwd=HERE.parent,
+        env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
+        stdout=subprocess.DEVNULL,
     )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     reward, kl = rows[-1]["eval_reward"], rows[-1]["eval_kl_to_ref"]
@@ -116,12 +125,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
     parser.add_argument("--folder", type=Path, default=RESULTS / "defaults", help="where the runs are kept")
     parser.add_argument("--markdown", type=Path, help="the page whose tables are replaced")
     parser.add_argument("--smoke", action="store_true", help="a tiny chain: tries the script")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     if args.smoke:
         args.folder, args.tasks, args.variants = RESULTS / "defaults-smoke", ["chain"], args.variants[:2]
     args.folder = args.folder.absolute()
@@ -137,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = [[run[column] for run in group if column in run] for column in COLUMNS]
             rows.append([task, variant, *(spread(values) if values else "" for values in found)])
     names = ["objective", "reward", "KL", "explained", "explained within prompts"]
-    text = f"Medians (least..most); seeds: {', '.join(map(str, args.seeds))}; runs at a time: {args.jobs}. {origin(1)}"
+    text = f"Medians (least..most); seeds: {', '.join(map(str, args.seeds))}; runs at a time: {args.jobs}. "
+    text += origin(args.threads)
     write("defaults", rows, f"{table(['task', 'variant', *names], rows)}\n\n{text}", args.markdown)
 
 

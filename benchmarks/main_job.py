@@ -1,124 +1,168 @@
-r"""The main-job table of docs/results.md: the tuned policy against the reference and best-of-n, over several seeds.
+r"""The main job over several seeds, beside best-of-n sampling from its reference, for docs/results.md.
 
-    python benchmarks/main_job.py --seeds 0 1 2
-    python benchmarks/main_job.py --seeds 0 1 2 --name without-warmup --flags "--critic_warmup_steps 0"
+    python benchmarks/main_job.py --seeds 0 1 2 --markdown docs/results.md
 
-Each seed is one run of the recipe, launched as a user would. Then both policies complete the same held-out prompts.
-Prints a table and writes runs/benchmarks/<name>.json.
+Each seed is one run of the recipe, in a process of its own. All policies complete the held-out prompts of the recipe's
+evaluation, and one function judges them. Runs, and draws of best-of-n, that are there already (in runs/benchmarks) are not
+repeated. Seconds are those of start-up, rollouts and updates, as the run has logged them.
 """
 
 import argparse
 import json
-import math
-import platform
+import os
 import shlex
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from best_of_n import COLUMNS, CONFIG, REFERENCE, ROOT, held_out, job, judge, measure
+from measuring import RESULTS, default_threads, origin, spread, table, write
 from transformers import AutoModelForCausalLM
 
 from lmppo.metrics import distinct_n
 from lmppo.models import ActorCritic, Reference, load_weights, score_tokens
 from lmppo.plots import read_metrics
-from lmppo.prompts import cut_prompts, load_tokenizer, pad_left
+from lmppo.prompts import load_tokenizer, pad_left
 from lmppo.sampling import EVALUATION, SamplingParams, sample, uniform_noise
 from lmppo.texts import decode_completions, decode_whole
-from reward_models import load
-from reward_models.sentiment.reviews import load_reviews
 
-REFERENCE = "recipes/models/tiny-reviews-gpt2"
-CONFIG = "recipes/configs/tiny_reviews.yaml"
+Row = dict[str, float]
 
 
-def launch(seed: int, output_dir: Path, flags: list[str]) -> float:
-    """Run the recipe; returns the seconds it took, everything included."""
-    started = time.perf_counter()
-    command = ["accelerate", "launch", "--config_file", "accelerate_config.yaml", "recipes/ppo_sentiment.py"]
-    command += ["--config", CONFIG, "--seed", str(seed), "--output_dir", str(output_dir), *flags]
-    subprocess.run(command, check=True)
-    return time.perf_counter() - started
+def train(seed: int, output_dir: Path, threads: int, flags: list[str]) -> None:
+    """Run the recipe, unless it has been run; its output is in a file beside the run."""
+    if (output_dir / "final").exists():
+        return
+    command = [sys.executable, "recipes/ppo_sentiment.py", "--config", str(CONFIG), "--seed", str(seed)]
+    command += ["--output_dir", str(output_dir), "--cpu_threads", str(threads), "--disable_tqdm", "true", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with output_dir.with_suffix(".log").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment, cwd=ROOT)
 
 
 @torch.no_grad()
-def complete(policy: str, prompts: list[list[int]], tokens: int, seed: int) -> tuple[list[str], dict]:
-    """One completion per prompt: the texts, and sequence KL to the reference and distinct-2."""
-    tokenizer = load_tokenizer(REFERENCE)
-    reference = Reference(load_weights(AutoModelForCausalLM, REFERENCE))
-    model = ActorCritic(load_weights(AutoModelForCausalLM, policy))
-    params = SamplingParams(tokens, eos_token_ids=(tokenizer.eos_token_id,))
-    texts, kl, ids, masks = [], [], [], []
-    for start in range(0, len(prompts), 256):
-        rows = prompts[start : start + 256]
-        noise = uniform_noise(seed, 0, range(start, start + len(rows)), tokens, purpose=EVALUATION)
-        samples = sample(model, *pad_left(rows, max(map(len, rows))), noise, params)
-        ref_logprobs = score_tokens(reference, samples, 1.0, 64)
-        kl += (samples.logprobs - ref_logprobs).sum(dim=1).tolist()
-        texts += decode_completions(tokenizer, rows, samples.tokens.counted_ids())
-        ids.append(samples.tokens.completion_ids)
-        masks.append(samples.completion_mask)
-    distinct = distinct_n(torch.cat(ids)[:512], torch.cat(masks)[:512], 2)
-    return texts, {"kl": sum(kl) / len(kl), "distinct_2": distinct}
+def judged(policy: Path, prompts: list[list[int]], draws: int) -> Row:
+    """What a policy's completions are worth: means over some draws for each prompt, the first draw that of best-of-n."""
+    tokenizer, settings = load_tokenizer(str(REFERENCE)), job()
+    reference = Reference(load_weights(AutoModelForCausalLM, str(REFERENCE)))
+    model = ActorCritic(load_weights(AutoModelForCausalLM, str(policy)))
+    length = settings["max_completion_length"]
+    params = SamplingParams(length, eos_token_ids=(tokenizer.eos_token_id,))
+    padded = pad_left(prompts, max(map(len, prompts)))
+    kl, texts, distinct = [], [], 0.0
+    for draw in range(draws):
+        noise = uniform_noise(0, draw, range(len(prompts)), length, purpose=EVALUATION)
+        samples = sample(model, *padded, noise, params, values=False)
+        kl.append((samples.logprobs - score_tokens(reference, samples, 1.0, 64)).sum(dim=1).mean().item())
+        texts += decode_completions(tokenizer, prompts, samples.tokens.counted_ids())
+        distinct = distinct or distinct_n(samples.tokens.completion_ids, samples.completion_mask, 2)
+    numbers = judge(decode_whole(tokenizer, prompts) * draws, texts)
+    row = {name: sum(values) / len(values) for name, values in numbers.items()} | {"distinct_2": distinct}
+    row["kl"] = sum(kl) / draws
+    return row | {"objective": row["reward"] - settings["kl_coef"] * row["kl"]}
 
 
-def judge(prompts: list[str], completions: list[str]) -> dict[str, list[float]]:
-    """The reward (log-odds), its probability, and VADER, which nothing was trained on."""
-    log_odds = load("classifier:tiny-reviews-sentiment")(prompts=prompts, completions=completions, completion_ids=[])
-    vader = load("lexicon")(prompts=prompts, completions=completions, completion_ids=[])
-    return {"reward": log_odds, "p_positive": [1 / (1 + math.exp(-x)) for x in log_odds], "vader": vader}
+def best_of(sizes: Sequence[int], prompts: list[list[int]], kept: Path) -> dict[int, Row]:
+    """The rows of best-of-n, from a file if they are there."""
+    if not kept.exists():
+        settings = job()
+        rows = measure(sizes, prompts, settings["max_completion_length"], settings["kl_coef"], seed=0)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(rows) + "\n")
+    return {int(n): row for n, row in json.loads(kept.read_text()).items()}
 
 
-def mean(values: list[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)
+def curve(run: Path) -> dict[str, list[float]]:
+    """Of each iteration: completions so far, seconds so far, and the objective as a mean over five iterations."""
+    rows, seconds, found = read_metrics(run), 0.0, {"samples": [], "seconds": [], "objective": []}
+    for i, row in enumerate(rows):
+        seconds += row["time/rollout"] + row["time/update"] + row.get("time/startup", 0.0)
+        recent = [r["rlhf_reward"] for r in rows[max(0, i - 4) : i + 1]]
+        found["samples"].append((i + 1) * job()["rollout_batch_size"])
+        found["seconds"].append(seconds)
+        found["objective"].append(sum(recent) / len(recent))
+    return found
 
 
-def best_of(n: int, rewards: list[float], per_prompt: int) -> float:
-    """Mean over prompts and disjoint groups of the best reward of n samples."""
-    groups = [rewards[i : i + n] for i in range(0, len(rewards), n)]
-    assert per_prompt % n == 0
-    return mean([max(group) for group in groups])
+def draw(curves: dict[int, dict[str, list[float]]], best: dict[int, Row], picture: Path) -> None:
+    """The objective over samples and over seconds, while training, beside best-of-n."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), ("samples", "seconds"), strict=True):
+        for seed, points in curves.items():
+            axis.plot(points[name], points["objective"], label=f"PPO, seed {seed}", alpha=0.8)
+        for n, row in best.items():
+            axis.axhline(row["objective"], color="k", linestyle=":", linewidth=0.8)
+            axis.annotate(f"best of {n}", (0, row["objective"]), fontsize="small", va="bottom")
+        axis.set(xlabel=name, ylabel="reward - kl_coef * KL", ylim=(-0.5, None))
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize="small", loc="lower right")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=100)
 
 
-def main() -> None:
-    """Run the seeds, judge, print."""
+def report(best: dict[int, Row], rows: dict[int, Row], args: argparse.Namespace) -> str:
+    """The table: best-of-n, each seed, all seeds together; and where it comes from."""
+    names = [*COLUMNS, "seconds"]
+    cells = [[f"best of {n}", *(f"{row[name]:.3g}" for name in COLUMNS), ""] for n, row in best.items()]
+    cells += [[f"PPO, seed {seed}", *(f"{row[name]:.3g}" for name in names)] for seed, row in rows.items()]
+    cells.append([f"PPO, {len(rows)} seeds", *(spread([row[name] for row in rows.values()]) for name in names)])
+    steps = {len(read_metrics(run_dir(args, seed))) for seed in rows}
+    text = f"{args.prompts} held-out prompts, {args.draws} completions of each from every policy; "
+    text += f"{'/'.join(map(str, steps))} steps; runs at a time: {args.jobs}. {origin(args.threads)}"
+    return f"{table(['policy', *names], cells)}\n\n{text}"
+
+
+def run_dir(args: argparse.Namespace, seed: int) -> Path:
+    """Where a run is."""
+    return (RESULTS / f"{args.name}-{seed}").absolute()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--name", default="main-job")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="each n of best-of-n")
+    parser.add_argument("--name", default="main-job", help="of the runs and the table")
     parser.add_argument("--flags", default="", help="further flags for the recipe")
-    parser.add_argument("--prompts", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=24)
-    args = parser.parse_args()
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads of each run")
+    parser.add_argument("--draws", type=int, default=4, help="completions of each prompt")
+    parser.add_argument("--picture", type=Path, default=Path("docs/images/main-job-seeds.png"))
+    parser.add_argument("--markdown", type=Path, help="the page whose table is replaced")
+    parser.add_argument("--smoke", action="store_true", help="one step, four prompts, n of 1 and 4: tries the script")
+    args = parser.parse_args(argv)
+    args.prompts = job()["eval_completions"]
+    if args.smoke:
+        args.sizes, args.prompts, args.draws, args.seeds = [1, 4], 4, 1, [0]
+        args.flags = "--max_steps 1 --rollout_batch_size 4 --minibatch_size 4 --eval_completions 4"
+        args.picture = RESULTS / "main-job-smoke.png"
+    if any(n < 1 or max(args.sizes) % n for n in args.sizes):
+        parser.error(f"--sizes {args.sizes}: each must be 1 or more and divide the largest.")
+    return args
 
-    tokenizer = load_tokenizer(REFERENCE)
-    held_out = cut_prompts(load_reviews("evaluation"), tokenizer, 8)["prompt"][: args.prompts]
-    held_out = [list(row) for row in held_out]
-    texts = decode_whole(tokenizer, held_out)
 
-    best_prompts = [row for row in held_out[:128] for _ in range(64)]
-    completions, _ = complete(REFERENCE, best_prompts, args.tokens, seed=1)
-    rewards = judge([text for text in texts[:128] for _ in range(64)], completions)["reward"]
-    rows = {}
-    for n in (1, 4, 16, 64):
-        rows[f"best of {n}"] = {"kl": math.log(n) - (n - 1) / n, "reward": best_of(n, rewards, 64)}
-    completions, numbers = complete(REFERENCE, held_out, args.tokens, seed=0)
-    rows["reference"] = numbers | {k: mean(v) for k, v in judge(texts, completions).items()}
-    for seed in args.seeds:
-        run = Path("runs/benchmarks") / f"{args.name}-{seed}"
-        seconds = launch(seed, run, shlex.split(args.flags))
-        completions, numbers = complete(str(run / "final"), held_out, args.tokens, seed=0)
-        rows[f"PPO, seed {seed}"] = numbers | {k: mean(v) for k, v in judge(texts, completions).items()}
-        rows[f"PPO, seed {seed}"] |= {"seconds": seconds, "steps": read_metrics(run)[-1]["step"]}
-
-    columns = ["kl", "reward", "p_positive", "vader", "distinct_2", "seconds"]
-    print("| policy | " + " | ".join(columns) + " |\n|---" * 1 + "|---" * len(columns) + "|")
-    for name, row in rows.items():
-        print(f"| {name} | " + " | ".join(f"{row[c]:.3g}" if c in row else "" for c in columns) + " |")
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{time.strftime('%Y-%m-%d')}, {machine}: {shlex.join([Path(sys.argv[0]).as_posix(), *sys.argv[1:]])}")
-    Path(f"runs/benchmarks/{args.name}.json").write_text(json.dumps(rows, indent=2) + "\n")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the seeds, judge, print, draw, write."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    runs: dict[int, Path] = {seed: run_dir(args, seed) for seed in args.seeds}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: train(seed, runs[seed], args.threads, shlex.split(args.flags)), runs))
+    prompts = held_out(args.prompts)
+    best = best_of(args.sizes, prompts, RESULTS / f"best-of-{'-'.join(map(str, args.sizes))}.json")
+    curves = {seed: curve(run) for seed, run in runs.items()}
+    rows: dict[int, Any] = {seed: judged(run / "final", prompts, args.draws) for seed, run in runs.items()}
+    rows = {seed: row | {"seconds": curves[seed]["seconds"][-1]} for seed, row in rows.items()}
+    draw(curves, best, args.picture)
+    result = {"best of n": best, "seeds": rows, "curves": curves}
+    write(args.name, result, report(best, rows, args), args.markdown)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ TABLES = {
     "scaling": ("scaling",),
     "profile_iteration": ("profile",),
     "startup": ("startup",),
-    "best_of_n": ("best-of-n",),
+    "main_job": ("main-job",),
+    "defaults": ("defaults",),
     "learn": ("learn",),
 }
 QUICK = {
@@ -67,7 +68,7 @@ def test_a_script_runs_and_replaces_its_tables(script, tmp_path):
 
 def test_the_pages_have_places_for_all_tables():
     places = {"docs/speed.md": ("speed", "scaling", "profile", "startup"), "docs/memory.md": ("memory", "fits")}
-    places["docs/results.md"] = ("best-of-n", "learn")
+    places["docs/results.md"] = ("main-job", "defaults", "learn")
     assert {name for names in places.values() for name in names} == {
         name for names in TABLES.values() for name in names
     }
@@ -253,7 +254,7 @@ def test_the_bound_is_the_kl_where_no_two_samples_are_equal(n):
 
 def test_sizes_that_do_not_divide_the_largest_are_refused(capsys):
     with pytest.raises(SystemExit):
-        module("best_of_n").main(["--sizes", "3", "4"])
+        module("main_job").main(["--sizes", "3", "4"])
     assert "--sizes [3, 4]: each must be 1 or more and divide the largest." in capsys.readouterr().err
 
 
