@@ -52,7 +52,8 @@ def make_trainer(directory: str, *, seed: int, reward: Any = sparse, **rest: Any
     arguments = {name: rest.pop(name) for name in ("critic", "reward_streams") if name in rest}
     settings = {
         "rollout_batch_size": ROLLOUT_SIZE, "minibatch_size": 16, "micro_batch_size": ROLLOUT_SIZE,
-        "max_completion_length": HORIZON, "learning_rate": 3e-3, "kl_coef": KL_COEF, "value_clip_range": None,
+        "max_completion_length": HORIZON, "learning_rate": 3e-3, "critic_learning_rate": 3e-3,
+        "lr_scheduler_type": "constant", "kl_coef": KL_COEF,
     } | rest  # fmt: skip
     return PPOTrainer(
         model=make_model(),
