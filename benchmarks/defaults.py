@@ -26,6 +26,7 @@ from measuring import HERE, RESULTS, origin, run_job, spread, table, write
 
 RATE = 3e-4
 BEFORE: dict[str, Any] = {"critic_learning_rate": RATE, "value_clip_range": 0.2, "lr_scheduler_type": "constant"}
+NO_CRITIC = {"estimator": "rewards_to_go"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "the defaults": {},
     "the policy's rate for the value head": {"critic_learning_rate": RATE},
@@ -37,12 +38,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lam 1": {"lam": 1.0},
     "critic_lam 1": {"critic_lam": 1.0},
     "vf_coef 1": {"vf_coef": 1.0},
+    "vf_coef 0.01": {"vf_coef": 0.01},
     "1 epoch": {"ppo_epochs": 1},
     "2 epochs": {"ppo_epochs": 2},
     "8 epochs of the critic": {"critic_epochs": 8},
     "a warm-up of the critic of 3 steps": {"critic_warmup_steps": 3},
     "a warm-up of the rate of 6 steps": {"warmup_steps": 6},
     "minibatches of 64": {"minibatch_size": 64},
+    "max_grad_norm 0.1": {"max_grad_norm": 0.1},
+    "max_grad_norm 0.02": {"max_grad_norm": 0.02},
     "advantages as they are": {"whiten_advantages": False},
     "kl_form exact_both": {"kl_form": "exact_both"},
     "kl_form k3_both": {"kl_form": "k3_both"},
@@ -50,9 +54,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "target_kl 0.01": {"target_kl": 0.01},
     "trpo": {"objective": "trpo"},
     "4 completions of each prompt": {"num_generations": 4},
-    "the same, baseline leave_one_out": {"num_generations": 4, "baseline": "leave_one_out"},
+    "the same, baseline leave_one_out": {"num_generations": 4, "baseline": "leave_one_out", **NO_CRITIC},
+    "8 completions of each prompt, baseline leave_one_out": {
+        "num_generations": 8,
+        "baseline": "leave_one_out",
+        **NO_CRITIC,
+    },
     "baseline auto": {"baseline": "auto"},
-    "baseline batch_mean": {"baseline": "batch_mean"},
+    "baseline batch_mean": {"baseline": "batch_mean", **NO_CRITIC},
 }
 LEXICON_PRICE = 0.03  # VADER's scores deviate by 0.45 from their mean, the classifier's by 1.45 at a price of 0.1
 LEXICON = {

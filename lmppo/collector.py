@@ -5,6 +5,7 @@ and the math after it (advantages, whitening, metrics) is the same everywhere an
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -65,9 +66,12 @@ class Collector:
         rewards: The reward functions.
         tokenizer: The policy's tokenizer.
         params: The distribution to sample.
-        config: Gives ``seed``, ``micro_batch_size``, ``kl_form`` and ``truncation``.
+        config: Gives ``seed``, ``micro_batch_size``, ``cuda_graphs``, ``kl_form`` and ``truncation``.
         accelerator: Tells the processes apart.
         trainer_state: Handed to the reward functions.
+
+    Raises:
+        ValueError: ``cuda_graphs``, and the policy or its device cannot be sampled by one.
     """
 
     def __init__(
@@ -90,6 +94,8 @@ class Collector:
         self.accelerator = accelerator
         self.precision = compute_precision(self.actor_critic.policy, accelerator.mixed_precision)
         self.trainer_state = trainer_state
+        if config.cuda_graphs:
+            self.actor_critic.check_graphs()
         if not (self.actor_critic.packs and reference.packs):
             accelerator.print(
                 "Short completions are padded, not packed: the models cannot tell rows apart by positions."
@@ -157,8 +163,8 @@ class Collector:
             some = slice(start, start + size)
             noise = uniform_noise(config.seed, iteration, rows[some], params.max_completion_length, purpose=purpose)
             batch = (self.actor_critic, prompt_ids[some], prompt_mask[some], noise, params)
-            learning = purpose == ROLLOUT
-            parts.append(sample(*batch, values=learning, micro_batch_size=config.micro_batch_size))
+            how: dict[str, Any] = {"micro_batch_size": config.micro_batch_size, "graphs": config.cuda_graphs}
+            parts.append(sample(*batch, values=purpose == ROLLOUT, **how))
         return Samples.joined(parts)
 
     def _score_tokens(self, samples: Samples) -> Tensor:

@@ -170,6 +170,7 @@ def sample(
     *,
     values: bool = True,
     micro_batch_size: int | None = None,
+    graphs: bool = False,
 ) -> Samples:
     """Sample one completion per row.
 
@@ -184,6 +185,7 @@ def sample(
         params: The distribution.
         values: Whether to compute the critic's values; they are 0 otherwise.
         micro_batch_size: Rows of the greatest length that a critic of its own reads at a time (default: all).
+        graphs: Whether the policy reads tokens by a CUDA graph, see :class:`lmppo.models.graphs.GraphedDecoder`.
 
     Returns:
         :class:`lmppo.records.Samples`, ``T = params.max_completion_length``; 0 where the mask is False. With frozen layers,
@@ -202,7 +204,7 @@ def sample(
     endings = Endings(prompt_ids, prompt_mask, params.eos_token_ids, params.stop_strings)
 
     uniforms = uniforms.to(device if has_float64(device) else "cpu")
-    decoder = model.decoder(prompt_ids, prompt_mask)
+    decoder = model.decoder(prompt_ids, prompt_mask, graphs_for=n_time if graphs else None)
     rules, support = _supports(params, n_rows, decoder.logits)
     below = None if decoder.below is None else _from_first_token(decoder.below, prompt_mask, n_time - 1)
     alive = torch.arange(n_rows, device=device)

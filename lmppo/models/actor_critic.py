@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lmppo.models.activations import use_fused_gelu
 from lmppo.models.chunks import OfLogits
 from lmppo.models.decoder import Decoder, needs_step_masks
+from lmppo.models.graphs import GraphedDecoder, check_graphs
 from lmppo.models.inputs import Aligned, Positions, inputs_of, takes
 from lmppo.models.language_model import LanguageModel
 from lmppo.models.probe import (
@@ -159,9 +160,22 @@ class ActorCritic(nn.Module):
         aligned = Aligned.of(tokens, whole=True)
         return self._critic_everywhere(aligned)[aligned.layout.line, aligned.last]
 
-    def decoder(self, prompt_ids: Tensor, prompt_mask: Tensor) -> Decoder:
-        """The policy's cache over left-padded prompts ``(B, P)``, to be fed token by token."""
-        return Decoder(self.language_model, prompt_ids, prompt_mask, masks_steps=self._masks_steps)
+    def decoder(self, prompt_ids: Tensor, prompt_mask: Tensor, *, graphs_for: int | None = None) -> Decoder:
+        """The policy's cache over left-padded prompts ``(B, P)``, to be fed token by token.
+
+        Args:
+            prompt_ids: ``(B, P)``.
+            prompt_mask: ``(B, P)``.
+            graphs_for: How many tokens are fed at most, by a graph that is recorded; None: any number, without one.
+        """
+        parts = (self.language_model, prompt_ids, prompt_mask)
+        if graphs_for is None:
+            return Decoder(*parts, masks_steps=self._masks_steps)
+        return GraphedDecoder(*parts, masks_steps=self._masks_steps, n_new=graphs_for)
+
+    def check_graphs(self) -> None:
+        """See :func:`lmppo.models.graphs.check_graphs`."""
+        check_graphs(self.language_model, self._masks_steps)
 
     def values_of(self, hidden: Tensor | None) -> Tensor:
         """The value head, in float32 whatever the autocast: ``(..., H) -> (..., K)``."""

@@ -1,6 +1,8 @@
 """A policy that is fed one token per row at a time, over a cache of any kind."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +50,7 @@ class Decoder:
     ) -> None:
         self.language_model = language_model
         self.masks_steps = masks_steps
-        self.cache = make_cache(language_model.model.config)
+        self.cache: Any = self._make_cache()
         rows = torch.cat([prompt_ids * prompt_mask, prompt_mask], dim=1)
         _, copies = torch.unique_consecutive(rows, dim=0, return_inverse=True)
         firsts = torch.unique_consecutive(copies, return_counts=True)[1].cumsum(dim=0)
@@ -71,21 +73,27 @@ class Decoder:
         self.cache.reorder_cache(rows)  # of states of convolutions and recurrences too
         self.ids, self.mask = self.ids[rows], self.mask[rows]
 
+    def _make_cache(self) -> Any:
+        return make_cache(self.language_model.model.config)
+
     def _forward(self, n_new: int, *, masks: bool) -> None:
         """Read the last ``n_new`` tokens."""
-        inputs: dict[str, Any] = {"input_ids": self.ids[:, -n_new:], "use_cache": True}
-        inputs[self.language_model.cache_name] = self.cache
+        inputs = {"input_ids": self.ids[:, -n_new:]}
         if masks:
             inputs["attention_mask"] = self.mask
         told = self.language_model.positions.of(self.ids, self.mask)
         inputs |= {name: x[:, -n_new:] for name, x in told.items()}
-        frozen = self.language_model.frozen
+        self.logits, self.hidden, self.below = self._compute(inputs)
+
+    def _compute(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``logits``, ``hidden`` and ``below`` of a forward pass that adds to the cache."""
+        frozen, cache = self.language_model.frozen, {self.language_model.cache_name: self.cache}
         with ExitStack() as stack:
             reached = [] if frozen is None else stack.enter_context(frozen.watching())
-            states = self.language_model.forward(last=1, **inputs)
-        self.logits = self.language_model.logits_of(states)[:, -1]
-        self.hidden = None if states.hidden is None else states.hidden[:, -1]
-        self.below = None if frozen is None else frozen.hidden_in(reached[-1])
+            states = self.language_model.forward(last=1, use_cache=True, **cache, **inputs)
+        logits = self.language_model.logits_of(states)[:, -1]
+        hidden = None if states.hidden is None else states.hidden[:, -1]
+        return logits, hidden, None if frozen is None else frozen.hidden_in(reached[-1])
 
 
 @torch.no_grad()
@@ -114,7 +122,7 @@ def needs_step_masks(language_model: LanguageModel, name: str = "model") -> bool
     with torch.autocast(next(iter(model.parameters())).device.type, enabled=False):
         for masks_steps in (True, False):
             try:
-                difference = _decode_error(language_model, masks_steps)
+                difference = decode_error(language_model, partial(Decoder, masks_steps=masks_steps))
             except Exception as error:
                 problem = problem or one_line(error)
                 continue
@@ -127,12 +135,17 @@ def needs_step_masks(language_model: LanguageModel, name: str = "model") -> bool
     )
 
 
-def _decode_error(language_model: LanguageModel, masks_steps: bool) -> Difference:
-    """How far the logits over the cache are from each row alone: row 0 twice, row 1 dropped after its first token."""
+def decode_error(language_model: LanguageModel, make: Callable[[LanguageModel, Tensor, Tensor], Decoder]) -> Difference:
+    """How far the logits over the cache are from each row alone: row 0 twice, row 1 dropped after its first token.
+
+    Args:
+        language_model: The policy.
+        make: Makes its decoder over left-padded prompts, given by their ids and mask.
+    """
     tokens = probe_tokens(language_model.model)
     alone = read_alone(language_model.outputs, tokens)
     rows = torch.tensor([0, *range(len(alone))], device=tokens.prompt_ids.device)
-    decoder = Decoder(language_model, tokens.prompt_ids[rows], tokens.prompt_mask[rows], masks_steps=masks_steps)
+    decoder = make(language_model, tokens.prompt_ids[rows], tokens.prompt_mask[rows])
     lengths, differences = tokens.prompt_mask.sum(dim=1).tolist(), []
     for t in range(STEPS + 1):
         computed = [x[:, None] for x in (decoder.logits, decoder.hidden) if x is not None]

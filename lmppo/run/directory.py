@@ -20,9 +20,9 @@ from lmppo.run.export import old_of
 # Settings that may change when a run is resumed: they affect what is shown and kept, not what is learned.
 FREE_SETTINGS = {
     "output_dir", "max_steps", "resume_from_checkpoint", "use_cpu", "cpu_threads", "gradient_checkpointing",
-    "trust_remote_code", "micro_batch_size", "sample_batch_size", "logging_steps", "eval_steps", "eval_completions",
-    "save_steps", "save_rollouts", "save_total_limit", "log_completions", "report_to", "run_name", "disable_tqdm",
-    "watch_funcs",
+    "trust_remote_code", "micro_batch_size", "sample_batch_size", "cuda_graphs", "logging_steps", "eval_steps",
+    "eval_completions", "save_steps", "save_rollouts", "save_total_limit", "log_completions", "report_to", "run_name",
+    "disable_tqdm", "watch_funcs",
 }  # fmt: skip
 
 

@@ -69,6 +69,11 @@ class RolloutSettings(Settings):
     sample_batch_size: int | None = knob(
         None, "Completions sampled at a time on each process; affects memory and speed only (default: all)."
     )
+    cuda_graphs: bool = knob(
+        False,
+        "Sample by replaying a recorded CUDA graph, on GPUs: faster where the model is small for the GPU; takes the memory "
+        "of the longest completions.",
+    )
     shuffle_dataset: bool = knob(True, "Shuffle the prompts, in a new order each epoch.")
 
 
