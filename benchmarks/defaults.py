@@ -25,43 +25,39 @@ from learn import PRICE, SMOKE, measure, prepare
 from measuring import HERE, RESULTS, origin, run_job, spread, table, write
 
 RATE = 3e-4
-BEFORE: dict[str, Any] = {"critic_learning_rate": RATE, "value_clip_range": 0.2, "lr_scheduler_type": "constant"}
 NO_CRITIC = {"estimator": "rewards_to_go"}
+RATE_OF_BEFORE, CLIP_OF_BEFORE = {"critic_learning_rate": RATE}, {"value_clip_range": 0.2}
+BEFORE = RATE_OF_BEFORE | CLIP_OF_BEFORE | {"lr_scheduler_type": "constant", "lam": 0.95}
 VARIANTS: dict[str, dict[str, Any]] = {
     "the defaults": {},
-    "the policy's rate for the value head": {"critic_learning_rate": RATE},
-    "values clipped at 0.2": {"value_clip_range": 0.2},
+    "the defaults of before": BEFORE,
+    "the policy's rate for the value head": RATE_OF_BEFORE,
+    "values clipped at 0.2": CLIP_OF_BEFORE,
     "a constant rate": {"lr_scheduler_type": "constant"},
-    "these three together": BEFORE,
-    "lam 0.9": {"lam": 0.9},
-    "lam 0.98": {"lam": 0.98},
-    "lam 1": {"lam": 1.0},
-    "critic_lam 1": {"critic_lam": 1.0},
-    "vf_coef 1": {"vf_coef": 1.0},
-    "vf_coef 0.01": {"vf_coef": 0.01},
-    "1 epoch": {"ppo_epochs": 1},
-    "2 epochs": {"ppo_epochs": 2},
-    "8 epochs of the critic": {"critic_epochs": 8},
-    "a warm-up of the critic of 3 steps": {"critic_warmup_steps": 3},
-    "a warm-up of the rate of 6 steps": {"warmup_steps": 6},
-    "minibatches of 64": {"minibatch_size": 64},
-    "max_grad_norm 0.1": {"max_grad_norm": 0.1},
-    "max_grad_norm 0.02": {"max_grad_norm": 0.02},
-    "advantages as they are": {"whiten_advantages": False},
+    "a cosine": {"lr_scheduler_type": "cosine"},
+    "lam 0.95": {"lam": 0.95},
+    "kl_form k1_reward": {"kl_form": "k1_reward"},
+    "lam 0.95, kl_form k1_end": {"lam": 0.95, "kl_form": "k1_end"},
+    "lam 0.98, kl_form k1_end": {"lam": 0.98, "kl_form": "k1_end"},
     "kl_form exact_both": {"kl_form": "exact_both"},
     "kl_form k3_both": {"kl_form": "k3_both"},
-    "clip_range 0.1": {"clip_range": 0.1},
-    "target_kl 0.01": {"target_kl": 0.01},
-    "trpo": {"objective": "trpo"},
-    "4 completions of each prompt": {"num_generations": 4},
-    "the same, baseline leave_one_out": {"num_generations": 4, "baseline": "leave_one_out", **NO_CRITIC},
-    "8 completions of each prompt, baseline leave_one_out": {
-        "num_generations": 8,
-        "baseline": "leave_one_out",
-        **NO_CRITIC,
-    },
+    "vf_coef 0.01": {"vf_coef": 0.01},
+    "vf_coef 1": {"vf_coef": 1.0},
+    "8 epochs of the critic": {"critic_epochs": 8},
+    "a warm-up of the critic of 3 steps": {"critic_warmup_steps": 3},
     "baseline auto": {"baseline": "auto"},
     "baseline batch_mean": {"baseline": "batch_mean", **NO_CRITIC},
+    "4 completions of each prompt": {"num_generations": 4},
+    "the same, baseline leave_one_out": {"num_generations": 4, "baseline": "leave_one_out", **NO_CRITIC},
+    "1 epoch": {"ppo_epochs": 1},
+    "2 epochs": {"ppo_epochs": 2},
+    "minibatches of 64": {"minibatch_size": 64},
+    "advantages as they are": {"whiten_advantages": False},
+    "clip_range 0.1": {"clip_range": 0.1},
+    "target_kl 0.01": {"target_kl": 0.01},
+    "max_grad_norm 0.1": {"max_grad_norm": 0.1},
+    "a warm-up of the rate of 6 steps": {"warmup_steps": 6},
+    "trpo": {"objective": "trpo"},
 }
 LEXICON_PRICE = 0.03  # VADER's scores deviate by 0.45 from their mean, the classifier's by 1.45 at a price of 0.1
 LEXICON = {

@@ -26,7 +26,7 @@ from lmppo.functional import (
 )
 from lmppo.records import Rollout
 from lmppo.rewards.streams import default_streams, kl_stream
-from lmppo.settings import EstimatorSettings, ShapingSettings
+from lmppo.settings import AdvantageSettings, EstimatorSettings, ShapingSettings, TruncationSettings
 
 
 @dataclass(frozen=True)
@@ -57,19 +57,52 @@ def shape_rewards(
 
     Args:
         rollout: The rollout.
-        config: Gives ``kl_form``, ``truncation`` and ``truncation_penalty``.
+        config: Gives ``kl_form``, ``truncation`` and ``truncation_penalty``; and what decides where ``kl_form`` is None.
         streams: The reward streams.
         kl_coef: Price of a nat.
     """
-    kl_index = kl_stream(streams or ())
+    streams = streams or default_streams(rollout.scores.shape[-1])
+    kl_index, kl = kl_stream(streams), rollout.kl_penalty
+    if _pays_at_end(streams[kl_index], config):
+        kl = _paid_at_end(rollout, config)
     rewards = []
-    for k in range(rollout.scores.shape[-1]):
+    for k in range(len(streams)):
         coef = kl_coef if k == kl_index and config.kl_in_reward else 0.0
         scores = rollout.scores[..., k]
         if k == kl_index and config.truncation == "penalty":
             scores = scores - config.truncation_penalty * _last_token_of_cut_rows(rollout)
-        rewards.append(kl_shaped_rewards(scores, rollout.kl_penalty, rollout.completion_mask, kl_coef=coef))
+        rewards.append(kl_shaped_rewards(scores, kl, rollout.completion_mask, kl_coef=coef))
     return torch.stack(rewards, dim=-1)
+
+
+def _pays_at_end(stream: RewardStream, config: ShapingSettings) -> bool:
+    """Whether a completion's KL is paid all at once, with its last token.
+
+    Without a discount this changes no expected gradient: a token's weight is then its later rewards, and what tokens
+    before it have paid, which it cannot change, is a baseline. It is a good one. As the policy nears the best one, whose
+    log-ratio to the reference is (reward - a constant) / kl_coef, a completion's reward less all of its KL nears that
+    constant, while its reward less the KL of later tokens alone still differs from token to token.
+    """
+    if config.kl_form is not None:
+        return config.kl_form == "k1_end"
+    gamma, lam = _discounts(stream, config)
+    if config.estimator == "gae":
+        return gamma == lam == 1
+    return gamma == 1 and config.estimator != "immediate_rewards"
+
+
+def _discounts(stream: RewardStream, config: AdvantageSettings) -> tuple[float, float]:
+    """A stream's gamma and lambda."""
+    gamma = config.gamma if stream.gamma is None else stream.gamma
+    return gamma, config.lam if stream.lam is None else stream.lam
+
+
+def _paid_at_end(rollout: Rollout, config: TruncationSettings) -> Tensor:
+    """``(B, T)`` the KL of each completion, at its last token; none of one whose later rewards a value stands for."""
+    paid = torch.where(rollout.completion_mask, rollout.kl_penalty, 0.0).sum(dim=1, keepdim=True)
+    if config.truncation == "bootstrap":
+        paid = torch.where(rollout.ended[:, None], paid, 0.0)
+    return paid * _last_tokens(rollout)
 
 
 @dataclass(frozen=True)
@@ -103,8 +136,7 @@ def stream_views(
     """A view of each stream, the only place where a stream is selected from tensors that end in K."""
     views = []
     for k, stream in enumerate(streams):
-        gamma = config.gamma if stream.gamma is None else stream.gamma
-        lam = config.lam if stream.lam is None else stream.lam
+        gamma, lam = _discounts(stream, config)
         after_last = rollout.bootstrap_values[:, k] if config.truncation == "bootstrap" else None
         if config.estimator == "immediate_rewards":
             sampled = immediate_rewards(rewards[..., k], rollout.completion_mask)
@@ -246,6 +278,10 @@ def _gae(view: StreamView, lam: float | Tensor) -> tuple[Tensor, Tensor]:
 
 def _last_token_of_cut_rows(rollout: Rollout) -> Tensor:
     """``(B, T)`` 1 on the last counted token of each completion that was cut, else 0."""
+    return _last_tokens(rollout) * ~rollout.ended[:, None]
+
+
+def _last_tokens(rollout: Rollout) -> Tensor:
+    """``(B, T)`` 1 on the last counted token of each completion, else 0."""
     mask = rollout.completion_mask
-    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-    return (last & ~rollout.ended[:, None]).to(rollout.scores.dtype)
+    return (mask & (mask.flip(1).cumsum(1).flip(1) == 1)).to(rollout.scores.dtype)

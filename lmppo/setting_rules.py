@@ -14,7 +14,7 @@ ESTIMATORS = ("gae", "rewards_to_go", "total_return", "immediate_rewards")
 BASELINES = ("none", "batch_mean", "leave_one_out", "critic", "auto")
 OBJECTIVES = ("clip", "kl_penalty", "importance_sampled", "policy_gradient", "trpo")
 TRUNCATIONS = ("end", "bootstrap", "penalty", "mask")
-KL_FORMS = ("k1_reward", "k3_both", "exact_both", "k2_loss", "k3_loss", "exact_loss")
+KL_FORMS = ("k1_reward", "k1_end", "k3_both", "exact_both", "k2_loss", "k3_loss", "exact_loss")
 SCHEDULES = ("constant", "linear", "cosine")
 FROZEN_DTYPES = ("float32", "bfloat16")
 
@@ -126,7 +126,7 @@ class Settings:
 
     def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
-        if value not in choices:
+        if value is not None and value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}.{hint}")

@@ -77,6 +77,8 @@ def make_config(output_dir, **settings):
         "lr_scheduler_type": "constant",
         "critic_learning_rate": settings.get("learning_rate", 1e-2),  # one rate: tests compute the steps by hand
         "value_clip_range": 0.2,
+        "lam": 0.95,
+        "kl_form": "k1_reward",
         "disable_tqdm": True,
         "use_cpu": True,
     }

@@ -91,7 +91,7 @@ BAD = {
 # Any text, any list and any bool is acceptable; reward_weights are checked with the reward functions they belong to, token
 # ids with the model's vocabulary.
 FREE = {"output_dir", "resume_from_checkpoint", "use_cpu", "bf16", "gradient_checkpointing", "shuffle_dataset",
-        "trust_remote_code", "whiten_advantages", "reward_weights", "report_to", "run_name", "disable_tqdm",
+        "trust_remote_code", "cuda_graphs", "whiten_advantages", "reward_weights", "report_to", "run_name", "disable_tqdm",
         "suppress_tokens", "bad_words_ids", "stop_token_ids", "stop_strings",
         "metric_for_best_model", "greater_is_better"}  # fmt: skip
 FIELDS = {f.name: f for f in dataclasses.fields(PPOConfig) if f.name not in REPLACED}
@@ -158,6 +158,12 @@ CONTRADICTIONS = [
     (NO_CRITIC | {"critic_epochs": 2}, "critic_warmup_steps and critic_epochs need a critic"),
     ({"estimator": "rewards_to_go", "critic_lam": 1.0}, "critic_lam and adaptive_lam_alpha are GAE's"),
     ({"estimator": "rewards_to_go", "adaptive_lam_alpha": 0.1}, "critic_lam and adaptive_lam_alpha are GAE's"),
+    ({"adaptive_lam_alpha": 0.05}, "adaptive_lam_alpha=0.05 raises lam for long completions, and lam=1 cannot be"),
+    (
+        {"kl_form": "k1_end", "gamma": 0.99},
+        "kl_form='k1_end' has the KL of all tokens paid with the last one, which gamma=0.99",
+    ),
+    ({"kl_form": "k1_end", "estimator": "immediate_rewards"}, "kl_form='k1_end' has the KL of all tokens paid"),
     ({"objective": "policy_gradient"}, "objective='policy_gradient' is valid for one step per rollout only"),
     ({"objective": "policy_gradient", "ppo_epochs": 1}, "objective='policy_gradient' is valid for one step"),
     ({"objective": "trpo", "ent_coef": 0.1}, "objective='trpo' takes one step within trpo_max_kl"),
@@ -310,7 +316,7 @@ def test_bad_yaml_values_are_refused(tmp_path):
 
 # --- the KL penalty's form -------------------------------------------------------------------------------------------
 
-PLACES = {"reward": (True, False), "loss": (False, True), "both": (True, True)}
+PLACES = {"reward": (True, False), "end": (True, False), "loss": (False, True), "both": (True, True)}
 
 
 @pytest.mark.filterwarnings("ignore:kl_form")
@@ -335,7 +341,7 @@ def test_a_form_is_an_estimator_and_a_place(form):
 def test_a_biased_form_warns_and_says_why(form, reason):
     with pytest.warns(UserWarning, match=f"kl_form='{form}' has a biased gradient: .*{reason}") as caught:
         PPOConfig(kl_form=form)
-    assert "Unbiased: k1_reward, k3_both, exact_both." in str(caught[0].message)
+    assert "Unbiased: k1_reward, k1_end, k3_both, exact_both." in str(caught[0].message)
     assert caught[0].filename == __file__, "the line that made the configuration"
 
 
@@ -354,7 +360,7 @@ DROPPED = {
     ("k1", "both"): ("k1_reward", "k1 in the loss adds only noise"),
     ("k2", "both"): ("exact_both", "k2 in the reward is biased"),
 }
-PAIRS = list(itertools.product(("k1", "k2", "k3", "exact"), PLACES))
+PAIRS = list(itertools.product(("k1", "k2", "k3", "exact"), ("reward", "loss", "both")))
 
 
 @pytest.mark.parametrize(("estimator", "place"), PAIRS)

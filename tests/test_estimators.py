@@ -10,6 +10,7 @@ from test_records import make_rollout
 from lmppo import PPOConfig
 from lmppo.config import RewardStream
 from lmppo.estimators import estimate, shape_rewards
+from lmppo.rewards.streams import make_streams
 
 
 def select_stream(rollout, k):
@@ -188,6 +189,55 @@ def test_the_stream_named_kl_pays_for_the_kl():
     rewards = shape_rewards(rollout, config("gae"), [RewardStream("a"), RewardStream("kl")], kl_coef=0.5)
     torch.testing.assert_close(rewards[mask][:, 0], rollout.scores[mask][:, 0])
     torch.testing.assert_close(rewards[mask][:, 1], rollout.scores[mask][:, 1] - 0.5 * rollout.kl_penalty[mask])
+
+
+UNDISCOUNTED = {"gamma": 1.0, "lam": 1.0}
+AT_THE_END = {
+    "nothing is discounted": (UNDISCOUNTED, {}, True),
+    "rewards-to-go": ({"estimator": "rewards_to_go", "lam": 0.9}, {}, True),
+    "asked for": ({"lam": 0.9, "kl_form": "k1_end"}, {}, True),
+    "not asked for": (UNDISCOUNTED | {"kl_form": "k1_reward"}, {}, False),
+    "gamma": ({"gamma": 0.9}, {}, False),
+    "lambda": ({"lam": 0.9}, {}, False),
+    "the bandit case": ({"estimator": "immediate_rewards"}, {}, False),
+    "a stream's gamma": (UNDISCOUNTED, {"gamma": 0.9}, False),
+    "a stream's lambda": ({"lam": 0.9}, {"lam": 1.0}, True),
+    "another form": (UNDISCOUNTED | {"kl_form": "exact_both"}, {}, False),
+}
+
+
+@pytest.mark.parametrize("name", AT_THE_END)
+def test_the_kl_is_paid_with_the_last_token_where_nothing_is_discounted(rollout, name):
+    settings, of_stream, at_end = AT_THE_END[name]
+    stream = RewardStream("a", **of_stream)
+    rewards = shape_rewards(rollout, PPOConfig(**settings), [stream], kl_coef=0.5)[..., 0]
+    for row, scores in enumerate(rollout.scores[..., 0]):
+        mask = rollout.completion_mask[row]
+        prices = (0.5 * rollout.kl_penalty[row][mask]).tolist()
+        if at_end:
+            prices = [0.0] * (len(prices) - 1) + [sum(prices)]
+        expected = [s - p for s, p in zip(scores[mask].tolist(), prices, strict=True)]
+        assert rewards[row][mask].tolist() == pytest.approx(expected, abs=1e-5)
+        assert rewards[row][~mask].eq(0).all()
+
+
+def test_a_completion_that_a_value_goes_on_from_has_not_paid_yet(rollout):
+    """The value of the state after it is that of all that the whole completion will have earned and paid."""
+    rollout = dataclasses.replace(rollout, ended=torch.tensor([True, False, True, False]))
+    settings = PPOConfig(truncation="bootstrap", whiten_advantages=False)
+    rewards = shape_rewards(rollout, settings, kl_coef=0.5)
+    free = shape_rewards(rollout, settings, kl_coef=0.0)
+    assert torch.equal(rewards[[1, 3]], free[[1, 3]])
+    assert (rewards[[0, 2]] != free[[0, 2]]).any(dim=(1, 2)).all()
+
+
+def test_a_stream_that_discounts_cannot_pay_at_the_end():
+    streams = [{"name": "a", "reward_funcs": [len]}, {"name": "kl", "gamma": 0.9}]
+    with pytest.raises(
+        ValueError, match=r"reward stream 'kl' pays for the KL, and its gamma=0\.9 .*kl_form='k1_reward'"
+    ):
+        make_streams(None, streams, PPOConfig(kl_form="k1_end"))
+    make_streams(None, streams[:1] + [{"name": "kl", "gamma": 1.0}], PPOConfig(kl_form="k1_end"))
 
 
 def test_a_penalty_in_the_loss_is_not_in_the_reward(rollout):

@@ -82,6 +82,22 @@ def run(output_dir, **settings):
     return trainer
 
 
+def test_at_the_optimum_every_completion_earns_the_same_less_its_kl():
+    """So that with the KL paid at the end no token has an advantage, whatever was sampled: nothing is left but to stay."""
+    reference = completion_logprobs(
+        torch.randn(*COMPLETIONS.ids.shape, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64),
+        COMPLETIONS,
+    )
+    prefixes = {}  # the reference is a function of the prefix: of completions that begin alike, the first one's
+    for i, ids in enumerate(COMPLETIONS.ids.tolist()):
+        for t in range(3):
+            reference[i, t] = prefixes.setdefault(tuple(ids[: t + 1]), reference[i, t])
+    best, value = optimal_policy(COMPLETIONS, reference, SCORES, kl_coef=KL_COEF)
+    paid = torch.where(COMPLETIONS.mask, best - reference, 0.0).sum(dim=1)
+    assert paid.std() > 0.1
+    torch.testing.assert_close(SCORES - KL_COEF * paid, value.expand_as(SCORES))
+
+
 WHOLE = {"minibatch_size": 512, "ppo_epochs": 1}
 OBJECTIVES = {
     "clip": {},
@@ -104,6 +120,7 @@ def test_every_objective_goes_to_the_optimum(tmp_path, name):
 
 
 VARIANTS = {
+    "the default place of the KL": {"kl_form": None},
     "exact KL in both": {"kl_form": "exact_both"},
     "no critic": {"estimator": "total_return", "baseline": "batch_mean"},
     "leave one out": {"estimator": "rewards_to_go", "baseline": "leave_one_out", "num_generations": 8},

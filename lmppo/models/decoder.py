@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,16 +24,24 @@ from lmppo.models.probe import (
 )
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a forward pass has computed of its last tokens; see :class:`Decoder`."""
+
+    logits: Tensor
+    hidden: Tensor | None
+    below: Tensor | None
+
+    def rows(self, numbers: Tensor) -> "Step":
+        """Some rows alone."""
+        hidden, below = (None if x is None else x[numbers] for x in (self.hidden, self.below))
+        return Step(self.logits[numbers], hidden, below)
+
+
 class Decoder:
     """The policy's cache, fed one token per row at a time; rows can be dropped.
 
     A prompt that stands in several rows, one after the other, is read once.
-
-    Attributes:
-        logits: ``(B, V)`` of the next token.
-        hidden: ``(B, H)`` last hidden state; None where the model gives none.
-        below: ``(B, n, H)`` what frozen lower layers have computed of the n tokens that were read last, the prompt's or
-            one more; None where there are none.
 
     Args:
         language_model: The policy.
@@ -41,9 +50,7 @@ class Decoder:
         masks_steps: Whether the attention mask is given after the prompt as well, see :func:`needs_step_masks`.
     """
 
-    logits: Tensor
-    hidden: Tensor | None
-    below: Tensor | None
+    last: Step
 
     def __init__(
         self, language_model: LanguageModel, prompt_ids: Tensor, prompt_mask: Tensor, *, masks_steps: bool
@@ -59,8 +66,25 @@ class Decoder:
         self._forward(prompt_ids.shape[1], masks=True)
         if len(firsts) < len(copies):
             self.keep(copies)
-            self.logits = self.logits[copies]
-            self.hidden, self.below = (None if x is None else x[copies] for x in (self.hidden, self.below))
+            self.last = self.last.rows(copies)
+
+    @property
+    def logits(self) -> Tensor:
+        """``(B, V)`` of the next token."""
+        return self.last.logits
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """``(B, H)`` last hidden state; None where the model gives none."""
+        return self.last.hidden
+
+    @property
+    def below(self) -> Tensor | None:
+        """``(B, n, H)`` what frozen lower layers have computed of the n tokens that were read last; None: there are none.
+
+        They are the prompt's, or one more.
+        """
+        return self.last.below
 
     def feed(self, token: Tensor) -> None:
         """Append one token per row, ``(B,)``."""
@@ -83,17 +107,17 @@ class Decoder:
             inputs["attention_mask"] = self.mask
         told = self.language_model.positions.of(self.ids, self.mask)
         inputs |= {name: x[:, -n_new:] for name, x in told.items()}
-        self.logits, self.hidden, self.below = self._compute(inputs)
+        self.last = self._compute(inputs)
 
-    def _compute(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``logits``, ``hidden`` and ``below`` of a forward pass that adds to the cache."""
+    def _compute(self, inputs: dict[str, Tensor]) -> Step:
+        """A forward pass that adds to the cache."""
         frozen, cache = self.language_model.frozen, {self.language_model.cache_name: self.cache}
         with ExitStack() as stack:
             reached = [] if frozen is None else stack.enter_context(frozen.watching())
             states = self.language_model.forward(last=1, use_cache=True, **cache, **inputs)
         logits = self.language_model.logits_of(states)[:, -1]
         hidden = None if states.hidden is None else states.hidden[:, -1]
-        return logits, hidden, None if frozen is None else frozen.hidden_in(reached[-1])
+        return Step(logits, hidden, None if frozen is None else frozen.hidden_in(reached[-1]))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
-from lmppo.models.decoder import Decoder, decode_error
+from lmppo.models.decoder import Decoder, Step, decode_error
 from lmppo.models.inputs import kind_of
 from lmppo.models.language_model import LanguageModel
 from lmppo.models.probe import STEPS, UnsupportedModelError, one_line
@@ -50,7 +50,7 @@ class GraphedDecoder(Decoder):
     def _record_nothing(self) -> None:
         self._graph: Any = None
         self._inputs: dict[str, Tensor] = {}
-        self._outputs: tuple[Tensor | None, ...] = ()
+        self._recorded: Step | None = None
 
     def _make_cache(self) -> StaticCache:
         model = self.language_model.model
@@ -71,7 +71,7 @@ class GraphedDecoder(Decoder):
             self._slots = torch.arange(len(rows), device=rows.device)
             self._record_nothing()
 
-    def _compute(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _compute(self, inputs: dict[str, Tensor]) -> Step:
         inputs = inputs | {"attention_mask": pad(self.mask, (0, self.length - self.mask.shape[1]))}
         if self._slots is None:
             return super()._compute(inputs)
@@ -85,10 +85,9 @@ class GraphedDecoder(Decoder):
                 self._record()
             self._graph.replay()
         else:
-            self._outputs = super()._compute(self._inputs)
-        logits, hidden, below = (None if x is None else x[self._slots] for x in self._outputs)
-        assert logits is not None
-        return logits, hidden, below
+            self._recorded = super()._compute(self._inputs)
+        assert self._recorded is not None
+        return self._recorded.rows(self._slots)
 
     def _record(self) -> None:
         """Record a step. Weights that autocast has rounded before are not used: they may be gone at the next replay."""
@@ -96,7 +95,7 @@ class GraphedDecoder(Decoder):
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._graph = torch.cuda.CUDAGraph()
         with torch.autocast(kind, dtype, enabled, cache_enabled=False), torch.cuda.graph(self._graph):
-            self._outputs = super()._compute(self._inputs)
+            self._recorded = super()._compute(self._inputs)
 
 
 @torch.no_grad()

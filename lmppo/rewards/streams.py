@@ -28,6 +28,12 @@ def make_streams(reward_funcs: Any, reward_streams: Any, args: StreamSettings) -
         raise ValueError("reward_streams has no stream with reward_funcs: give at least one.")
     for stream in streams:
         _check_effect(stream, args)
+    payer = streams[kl_stream(streams)]
+    if args.kl_form == "k1_end" and payer.gamma not in (None, 1):
+        raise ValueError(
+            f"reward stream {payer.name!r} pays for the KL, and its gamma={payer.gamma:g} would discount what "
+            f"kl_form='k1_end' has paid with the last token: set kl_form='k1_reward'."
+        )
     return streams
 
 
@@ -65,7 +71,7 @@ def _check_effect(stream: RewardStream, args: StreamSettings) -> None:
     if stream.name == "kl" and not args.kl_in_reward:
         raise ValueError(
             f"reward stream 'kl' holds the KL penalty of the reward, and kl_form={args.kl_form!r} has none there: leave "
-            f"the stream out, or set kl_form='k1_reward', 'k3_both' or 'exact_both'."
+            f"the stream out, or set kl_form='k1_reward', 'k1_end', 'k3_both' or 'exact_both'."
         )
 
 

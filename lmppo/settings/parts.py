@@ -137,29 +137,33 @@ class KLSettings(Settings):
     kl_coef: float = knob(0.05, "Coefficient of the per-token KL penalty to the reference.")
     kl_target: float | None = knob(None, "Adapt kl_coef to hold kl_to_ref (nats per completion) here.")
     kl_horizon: int = knob(10000, "Completions over which the adaptive kl_coef reacts.")
-    kl_form: str = knob("k1_reward", f"What measures that KL, and where it stands: {', '.join(KL_FORMS)}.")
+    kl_form: str | None = knob(
+        None,
+        f"What measures that KL, and where it stands: {', '.join(KL_FORMS)} (default: k1_end where nothing is discounted, "
+        f"gamma 1 and, with gae, lam 1; else k1_reward).",
+    )
 
     @property
     def kl_measure(self) -> str:
         """What measures the KL to the reference: ``k1``, ``k2``, ``k3`` or ``exact``."""
-        return self.kl_form.partition("_")[0]
+        return (self.kl_form or "k1_reward").partition("_")[0]
 
     @property
     def kl_in_reward(self) -> bool:
         """Whether the KL to the reference is (also) paid for in the reward; where kl_coef is 0, at no price."""
-        return not self.kl_form.endswith("_loss")
+        return not (self.kl_form or "k1_reward").endswith("_loss")
 
     @property
     def kl_in_loss(self) -> bool:
         """Whether the KL to the reference is (also) a term of the loss."""
-        return not self.kl_form.endswith("_reward") and self.kl_coef > 0
+        return (self.kl_form or "k1_reward").endswith(("_both", "_loss")) and self.kl_coef > 0
 
     def contradictions(self) -> Contradictions:
         """Warns of a biased form as well."""
-        bias = _KL_BIAS.get(self.kl_form)
+        bias = _KL_BIAS.get(self.kl_form or "k1_reward")
         if bias and self.kl_coef > 0:
             text = f"kl_form={self.kl_form!r} has a biased gradient: {bias} (arXiv 2510.01555)."
-            warnings.warn(f"{text} Unbiased: {', '.join(KL_FORMS[:3])}.", stacklevel=6)
+            warnings.warn(f"{text} Unbiased: {', '.join(KL_FORMS[:4])}.", stacklevel=6)
         yield (
             self.kl_target is not None and self.kl_coef == 0,
             f"kl_target={self.kl_target} adapts kl_coef by factors, and kl_coef=0 stays 0: start above 0.",
@@ -183,7 +187,7 @@ class AdvantageSettings(Settings):
     estimator: str = knob("gae", f"Advantage estimator: {', '.join(ESTIMATORS)}.")
     baseline: str = knob("critic", f"Baseline: {', '.join(BASELINES)} (critic or batch_mean, by explained variance).")
     gamma: float = knob(1.0, "Discount per token.")
-    lam: float = knob(0.95, "GAE's lambda.")
+    lam: float = knob(1.0, "GAE's lambda.")
     critic_lam: float | None = knob(None, "GAE's lambda for the critic's targets (default: lam).")
     adaptive_lam_alpha: float | None = knob(
         None, "Length-adaptive GAE: a completion of n tokens uses lambda = max(lam, 1 - 1/(alpha n))."
@@ -205,6 +209,11 @@ class AdvantageSettings(Settings):
         yield (
             self.estimator != "gae" and (self.critic_lam is not None or self.adaptive_lam_alpha is not None),
             f"critic_lam and adaptive_lam_alpha are GAE's: estimator={self.estimator!r} has no lambda.",
+        )
+        yield (
+            self.adaptive_lam_alpha is not None and self.lam == 1,
+            f"adaptive_lam_alpha={self.adaptive_lam_alpha} raises lam for long completions, and lam=1 cannot be raised: "
+            f"lower lam, to 0.95 for instance.",
         )
 
 

@@ -30,8 +30,17 @@ class CollectorSettings(PassSettings, TruncationSettings, KLSettings, RolloutSet
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShapingSettings(TruncationSettings, KLSettings):
+class ShapingSettings(AdvantageSettings, TruncationSettings, KLSettings):
     """What rewards per token may touch."""
+
+    def contradictions(self) -> Contradictions:
+        """A price that is paid later than it should be discounted from."""
+        discounted = self.gamma != 1 or self.estimator == "immediate_rewards"
+        yield (
+            self.kl_form == "k1_end" and discounted,
+            f"kl_form='k1_end' has the KL of all tokens paid with the last one, which gamma={self.gamma:g} and "
+            f"estimator={self.estimator!r} do not count in full: set kl_form='k1_reward'.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

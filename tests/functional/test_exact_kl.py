@@ -10,10 +10,14 @@ Three gradients explain all of it. With the KL of the whole completions, ``KL(pi
 estimator  in the reward   in the loss                  in both
 =========  ==============  ===========================  ===========================================
 k1         D, exact        0                            D, exact
+k1, last   D, exact
 k2         E[k2]' - O      O                            E[k2]', the gradient of a different thing
 k3         D - R           R                            D, exact
 exact      D - O           O                            D, exact
 =========  ==============  ===========================  ===========================================
+
+"k1, last" is the k1 of all tokens, paid with the last one: without a discount, what a token's predecessors have paid is a
+baseline of its weight.
 
 So a k2 loss is right for each state, and lacks what leads to the later states, as any loss does: together with the
 exact KL in the reward, or k1 of later tokens only, it is exact; with one token, or of whole completions, alone.
@@ -51,6 +55,12 @@ def state_kl(p):
 
 def k1(p):
     return kl_k1(p.logprobs, p.ref_logprobs)
+
+
+def k1_at_the_end(p):
+    """The k1 of a completion's tokens, all at its last one."""
+    last = p.mask & (p.mask.flip(1).cumsum(dim=1).flip(1) == 1)
+    return torch.where(last, torch.where(p.mask, k1(p), 0.0).sum(dim=1, keepdim=True), 0.0)
 
 
 def k2(p):
@@ -110,7 +120,8 @@ def test_the_three_gradients_differ(kind):
 
 
 @kinds
-def test_k1_in_the_reward_is_exact(kind):
+@pytest.mark.parametrize("k1", [k1, k1_at_the_end])
+def test_k1_in_the_reward_is_exact(kind, k1):
     """With any estimator that is unbiased: total return, reward-to-go, GAE with lam 1 or with the true critic."""
     p = problem(kind)
     assert_equal(penalized(p, reward=k1), sequence_gradient(p))
