@@ -57,7 +57,9 @@ def best_draws(rewards: Tensor, n: int) -> Tensor:
     return groups.argmax(dim=1) + n * torch.arange(len(groups))[:, None]
 
 
-def measure(sizes: Sequence[int], prompts: list[list[int]], tokens: int, kl_coef: float, seed: int) -> dict[int, dict]:
+def measure(
+    sizes: Sequence[int], prompts: list[list[int]], tokens: int, kl_coef: float, seed: int, by: str = "reward"
+) -> dict[int, dict]:
     """The row of each n: means over the prompts, and over all groups of n draws among as many as the largest n.
 
     Args:
@@ -66,6 +68,7 @@ def measure(sizes: Sequence[int], prompts: list[list[int]], tokens: int, kl_coef
         tokens: Most tokens of a completion.
         kl_coef: Price of a nat.
         seed: Of the sampling.
+        by: What the best are chosen by, and what the objective is made of: a name that :func:`judge` gives.
     """
     tokenizer = load_tokenizer(str(REFERENCE))
     model = ActorCritic(load_weights(AutoModelForCausalLM, str(REFERENCE)))
@@ -82,9 +85,9 @@ def measure(sizes: Sequence[int], prompts: list[list[int]], tokens: int, kl_coef
     scores = {name: torch.tensor(values).view(n_draws, -1) for name, values in judged.items()}
     rows = {}
     for n in sizes:
-        best = best_draws(scores["reward"], n)
+        best = best_draws(scores[by], n)
         row = {name: values.gather(0, best).mean().item() for name, values in scores.items()}
         one = best[0], torch.arange(len(prompts))  # as many completions for every n: distinct_2 falls with their number
         row["distinct_2"] = distinct_n(torch.stack(ids)[one], torch.stack(masks)[one], 2)
-        rows[n] = row | {"kl": kl_bound(n), "objective": row["reward"] - kl_coef * kl_bound(n)}
+        rows[n] = row | {"kl": kl_bound(n), "objective": row[by] - kl_coef * kl_bound(n)}
     return rows

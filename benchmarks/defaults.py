@@ -1,14 +1,16 @@
-r"""Why the defaults are as they are: one setting at a time is changed, on two tasks with the value head that starts at zero.
+r"""Why the defaults are as they are: one setting at a time is changed, on three tasks, with a value head that starts at zero.
 
     python benchmarks/defaults.py --seeds 0 1 2 --markdown docs/results.md
-    python benchmarks/defaults.py --tasks lexicon --variants "the defaults" "a constant rate"
+    python benchmarks/defaults.py --task lexicon --variants "the defaults" "a constant rate"
 
-``chain`` is the task of learn.py at its middle price and rate. ``lexicon`` is the main job's policy with VADER's score as the
+``chain`` is the task of learn.py at its middle price and rate; ``long chain`` is the same with completions of 96 tokens in
+place of 24. ``lexicon`` is the main job's policy with VADER's score as the
 reward. Every run is a process of its own; runs that are there already (in runs/benchmarks/defaults) are not repeated.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -20,6 +22,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from best_of_n import held_out, job, kl_bound
+from best_of_n import measure as best_of_n
 from chain_task import Task
 from learn import PRICE, SMOKE, measure, prepare
 from measuring import HERE, RESULTS, origin, run_job, spread, table, write
@@ -69,15 +73,23 @@ EXPLAINED = ("critic/explained_variance", "critic/explained_variance_within_prom
 COLUMNS = ("objective", "reward", "kl", *EXPLAINED)
 
 
-def chain(settings: dict[str, Any], seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """One run of the chain task."""
-    task = SMOKE if args.smoke else Task()
-    job = {"task": dataclasses.asdict(task), "model": str(args.folder / "model"), "output": str(folder)}
-    job |= {"price": PRICE, "learning_rate": RATE, "seed": seed, "settings": settings}
-    result = run_job("learn_lmppo", job, threads=args.threads, python=sys.executable, inline=args.smoke)
+CHAINS = {"chain": Task(), "long chain": Task(length=96)}
+
+
+def chain(task: Task, settings: dict[str, Any], seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One run of a chain task."""
+    model = folder_of(task, args) / "model"
+    run = {"task": dataclasses.asdict(task), "model": str(model), "output": str(folder)}
+    run |= {"price": PRICE, "learning_rate": RATE, "seed": seed, "settings": settings}
+    result = run_job("learn_lmppo", run, threads=args.threads, python=sys.executable, inline=args.smoke)
     if "error" in result:
         raise RuntimeError(f"{folder.name}: {result['error']}")
-    return measure(folder, args.folder / "model", task) | explained(result["rows"])
+    return measure(folder, model, task) | explained(result["rows"])
+
+
+def folder_of(task: Task, args: argparse.Namespace) -> Path:
+    """Where the model of a chain task is."""
+    return args.folder / "long" if task == CHAINS["long chain"] else args.folder
 
 
 def lexicon(settings: dict[str, Any], seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -109,13 +121,32 @@ def explained(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: fmean(values) for name, values in found.items() if values}
 
 
-TASKS = {"chain": chain, "lexicon": lexicon}
+def best_of_chain(task: Task, args: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """What best-of-n gives on a chain task, whose model is made if it is not there."""
+    rewards = prepare(task, argparse.Namespace(smoke=args.smoke, folder=folder_of(task, args)))
+    return {
+        n: {"reward": reward, "kl": kl_bound(n), "objective": reward - PRICE * kl_bound(n)}
+        for n, reward in rewards.items()
+    }
 
 
-def perform(task: str, variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def best_of_lexicon(args: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """What best-of-n by VADER's score gives on the recipe's held-out prompts."""
+    kept = args.folder / "lexicon-best-of-n.json"
+    if not kept.exists():
+        tokens = job()["max_completion_length"]
+        rows = best_of_n([1, 4, 16, 64], held_out(256), tokens, LEXICON_PRICE, seed=0, by="vader")
+        kept.write_text(json.dumps({n: row | {"reward": row["vader"]} for n, row in rows.items()}) + "\n")
+    return {int(n): row for n, row in json.loads(kept.read_text()).items()}
+
+
+TASKS = {name: functools.partial(chain, task) for name, task in CHAINS.items()} | {"lexicon": lexicon}
+
+
+def perform(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """The numbers of a run, from its file if it is there."""
-    settings = VARIANTS[variant]
-    name = "-".join([task, *(f"{key}={value}" for key, value in settings.items()), str(seed)])
+    settings, task = VARIANTS[variant], args.task
+    name = "-".join([task.replace(" ", "_"), *(f"{key}={value}" for key, value in settings.items()), str(seed)])
     kept = args.folder / f"{name}.json"
     if not kept.exists():
         print(f"{task}: {variant}, seed {seed}", file=sys.stderr, flush=True)
@@ -127,7 +158,7 @@ def perform(task: str, variant: str, seed: int, args: argparse.Namespace) -> dic
 def main(argv: Sequence[str] | None = None) -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--task", choices=TASKS, default="chain")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -138,23 +169,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.smoke:
-        args.folder, args.tasks, args.variants = RESULTS / "defaults-smoke", ["chain"], args.variants[:2]
+        args.folder, args.task, args.variants = RESULTS / "defaults-smoke", "chain", args.variants[:2]
+        CHAINS["chain"], TASKS["chain"] = SMOKE, functools.partial(chain, SMOKE)
     args.folder = args.folder.absolute()
-    if "chain" in args.tasks:
-        prepare(SMOKE if args.smoke else Task(), args)
-    jobs = [(t, v, s) for t in args.tasks for v in args.variants for s in args.seeds]
+    best = best_of_chain(CHAINS[args.task], args) if args.task in CHAINS else best_of_lexicon(args)
+    jobs = [(variant, seed) for variant in args.variants for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = dict(zip(jobs, pool.map(lambda job: perform(*job, args), jobs), strict=True))
-    rows = []
-    for task in args.tasks:
-        for variant in args.variants:
-            group = [runs[task, variant, seed] for seed in args.seeds]
-            found = [[run[column] for run in group if column in run] for column in COLUMNS]
-            rows.append([task, variant, *(spread(values) if values else "" for values in found)])
+    rows = [[f"best of {n}", *(f"{row[name]:.3g}" for name in COLUMNS[:3]), "", ""] for n, row in best.items()]
+    for variant in args.variants:
+        group = [runs[variant, seed] for seed in args.seeds]
+        found = [[run[column] for run in group if column in run] for column in COLUMNS]
+        rows.append([variant, *(spread(values) if values else "" for values in found)])
     names = ["objective", "reward", "KL", "explained", "explained within prompts"]
     text = f"Medians (least..most); seeds: {', '.join(map(str, args.seeds))}; runs at a time: {args.jobs}. "
     text += origin(args.threads)
-    write("defaults", rows, f"{table(['task', 'variant', *names], rows)}\n\n{text}", args.markdown)
+    name = f"defaults-{args.task.replace(' ', '-')}"
+    write(name, rows, f"{table([args.task, *names], rows)}\n\n{text}", args.markdown)
 
 
 if __name__ == "__main__":

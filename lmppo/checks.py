@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 
 # Nats of rounding in a log-probability, and the |logit| up to which that bound holds; beyond it grows in proportion.
-_ROUNDING = {"no": (1e-4, 20.0), "bf16": (1e-2, 1.0), "fp16": (1e-2, 1.0), "int8": (1e-1, 1.0)}
+_ROUNDING = {"no": (1e-4, 20.0), "bf16": (1e-2, 1.0), "fp16": (1e-2, 1.0), "int4": (5e-2, 1.0), "int8": (1e-1, 1.0)}
 
 
 class StepZeroError(RuntimeError):
@@ -22,12 +22,13 @@ class StepZeroError(RuntimeError):
 def rounding_tolerance(max_logit: float, precision: str = "no") -> float:
     """The largest difference, in nats, that rounding alone can make between two log-probabilities of one token.
 
-    ``1e-4 * max(1, max_logit / 20)`` in float32, ``1e-2 * max(1, max_logit)`` in 16 bits, ten times
-    that with layers of 8 bits
+    ``1e-4 * max(1, max_logit / 20)`` in float32, ``1e-2 * max(1, max_logit)`` in 16 bits, five times
+    that with layers of 4 bits that compute in 16, and ten times with layers of 8 bits
 
     Args:
         max_logit: The largest |logit| of the distributions.
-        precision: What is computed in: ``no`` (float32), ``bf16``, ``fp16``, or ``int8`` for layers quantized to 8 bits.
+        precision: What is computed in: ``no`` (float32), ``bf16``, ``fp16``, ``int4`` for layers quantized to 4 bits that
+            compute in 16, or ``int8`` for layers quantized to 8 bits.
     """
     nats, scale = _ROUNDING[precision]
     return nats * max(1.0, max_logit / scale)

@@ -235,7 +235,7 @@ def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
             saved.clipped,
         ),
     }
-    if saved.settings["kl_form"] != "k1_reward":
+    if saved.settings["kl_form"] not in (None, "k1_reward", "k1_end"):
         columns["kl_penalty"] = ("the KL to the reference, as kl_form measures it", saved.kl_penalty)
     for stream in saved.each_stream if several else []:
         alone = f"of the stream {stream.name!r} alone, its weight included"

@@ -87,19 +87,22 @@ def keep_weights(model: nn.Module) -> None:
 
 
 def compute_precision(model: nn.Module, mixed_precision: str = "no") -> str:
-    """What a model computes in, as accelerate names precisions: ``no`` (float32), ``bf16``, ``fp16``; or ``int8``.
+    """What a model computes in, as accelerate names precisions: ``no`` (float32), ``bf16``, ``fp16``; ``int4`` or ``int8``.
 
     Args:
         model: The model. One with weights of 16 bits, or a quantized one, computes in less than float32 by itself; layers
-            of 8 bits round what they read to 8 bits, so that the least difference may move it by one step.
+            of 8 bits round what they read to 8 bits, so that the least difference may move it by one step, and layers of 4
+            bits that compute in 16 have, on a GPU, different kernels for few rows and for many.
         mixed_precision: That of the accelerator.
     """
     layers = quantized_layers(model)
     quantized = {id(layer.weight) for layer in layers}
     types: set[Any] = {p.dtype for p in model.parameters() if id(p) not in quantized}
-    types |= {getattr(layer, "compute_dtype", torch.int8) for layer in layers}
-    if torch.int8 in types:
+    computed_in: set[Any] = {getattr(layer, "compute_dtype", torch.int8) for layer in layers}
+    if torch.int8 in computed_in:
         return "int8"
+    if computed_in & {torch.bfloat16, torch.float16}:
+        return "int4"
     if torch.bfloat16 in types:
         return "bf16"
     return "fp16" if torch.float16 in types else mixed_precision

@@ -67,7 +67,7 @@ def estimators(problem: Problem) -> dict[str, Weights]:
         for lam in (0.0, 0.5, 0.95, 1.0):
             add(f"gae lam {lam}, {critic}", values(problem), lam=lam)
         add(f"gae lam 0.5, adaptive, {critic}", values(problem), lam=0.5, adaptive_lam_alpha=ALPHA)
-        add(f"gae lam 0.95, auto, {critic}", values(problem), baseline="auto")
+        add(f"gae lam 0.95, auto, {critic}", values(problem), lam=0.95, baseline="auto")
     return rows
 
 
