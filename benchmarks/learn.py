@@ -226,7 +226,7 @@ def markdown(runs: dict[Setting, Run], best: dict[int, float], task: Task, args:
     header = ["price", "system", "learning rate", "reward", "KL", "objective", "seconds"]
     parts = [table(header, by_price(runs, best, task, args))]
     curves = {name: [{"reward": best[1], "kl": 0.0}, *points] for name, points in frontiers(runs, best, task).items()}
-    rows = [[name, *(_at(nats, points) for nats in NATS)] for name, points in curves.items()]
+    rows = [[name, *(at(nats, points) for nats in NATS)] for name, points in curves.items()]
     parts.append(table(["reward at a KL of", *(f"{nats:g} nats" for nats in NATS)], rows))
     columns = [f"{price:g}, {rate:g}" for price in args.prices for rate in args.rates]
     parts.append(table(["objective at price, learning rate", *columns], by_rate(runs, args)))
@@ -235,7 +235,8 @@ def markdown(runs: dict[Setting, Run], best: dict[int, float], task: Task, args:
     return "\n\n".join(parts)
 
 
-def _at(nats: float, points: list[dict[str, float]]) -> str:
+def at(nats: float, points: Iterable[dict[str, float]]) -> str:
+    """The reward at a KL, for a table; nothing beyond the points."""
     reward = reward_at(nats, points)
     return "" if math.isnan(reward) else f"{reward:.3g}"
 

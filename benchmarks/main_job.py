@@ -2,7 +2,8 @@ r"""The main job over several seeds, beside best-of-n sampling from its referenc
 
     python benchmarks/main_job.py --seeds 0 1 2 --markdown docs/results.md
 
-Each seed is one run of the recipe, in a process of its own. All policies complete the held-out prompts of the recipe's
+Each seed is one run of the recipe, in a process of its own; for rewards at smaller KLs the first seed runs with higher prices
+of a nat as well. All policies complete the held-out prompts of the recipe's
 evaluation, and one function judges them. Runs, and draws of best-of-n, that are there already (in runs/benchmarks) are not
 repeated. Seconds are those of start-up, rollouts and updates, as the run has logged them.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from best_of_n import COLUMNS, CONFIG, REFERENCE, ROOT, held_out, job, judge, measure
+from learn import at
 from measuring import RESULTS, default_threads, origin, spread, table, write
 from transformers import AutoModelForCausalLM
 
@@ -31,6 +33,7 @@ from lmppo.sampling import EVALUATION, SamplingParams, sample, uniform_noise
 from lmppo.texts import decode_completions, decode_whole
 
 Row = dict[str, float]
+NATS = (2.0, 4.0, 6.0, 8.0)
 
 
 def train(seed: int, output_dir: Path, threads: int, flags: list[str]) -> None:
@@ -107,8 +110,18 @@ def draw(curves: dict[int, dict[str, list[float]]], best: dict[int, Row], pictur
     figure.savefig(picture, dpi=100)
 
 
-def report(best: dict[int, Row], rows: dict[int, Row], args: argparse.Namespace) -> str:
-    """The table: best-of-n, each seed, all seeds together; and where it comes from."""
+def frontier(best: dict[int, Row], rows: dict[int, Row], dearer: dict[float, Row]) -> str:
+    """The reward at some KLs: of PPO from runs at several prices, and of best-of-n."""
+    mean = {name: sum(row[name] for row in rows.values()) / len(rows) for name in ("kl", "reward")}
+    curves = {"PPO": [best[min(best)], mean, *dearer.values()], "best of n": [*best.values()]}
+    cells = [[name, *(at(nats, points) for nats in NATS)] for name, points in curves.items()]
+    runs = [[f"{price:g}", *(f"{row[name]:.3g}" for name in ("kl", "reward"))] for price, row in dearer.items()]
+    tables = [table(["kl_coef", "kl", "reward"], runs)] if runs else []
+    return "\n\n".join([*tables, table(["reward at a KL of", *(f"{nats:g} nats" for nats in NATS)], cells)])
+
+
+def report(best: dict[int, Row], rows: dict[int, Row], dearer: dict[float, Row], args: argparse.Namespace) -> str:
+    """The tables: best-of-n, each seed, all seeds together; rewards at some KLs; and where they come from."""
     names = [*COLUMNS, "seconds"]
     cells = [[f"best of {n}", *(f"{row[name]:.3g}" for name in COLUMNS), ""] for n, row in best.items()]
     cells += [[f"PPO, seed {seed}", *(f"{row[name]:.3g}" for name in names)] for seed, row in rows.items()]
@@ -116,18 +129,21 @@ def report(best: dict[int, Row], rows: dict[int, Row], args: argparse.Namespace)
     steps = {len(read_metrics(run_dir(args, seed))) for seed in rows}
     text = f"{args.prompts} held-out prompts, {args.draws} completions of each from every policy; "
     text += f"{'/'.join(map(str, steps))} steps; runs at a time: {args.jobs}. {origin(args.threads)}"
-    return f"{table(['policy', *names], cells)}\n\n{text}"
+    return f"{table(['policy', *names], cells)}\n\n{frontier(best, rows, dearer)}\n\n{text}"
 
 
-def run_dir(args: argparse.Namespace, seed: int) -> Path:
+def run_dir(args: argparse.Namespace, name: int | str) -> Path:
     """Where a run is."""
-    return (RESULTS / f"{args.name}-{seed}").absolute()
+    return (RESULTS / f"{args.name}-{name}").absolute()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--prices", type=float, nargs="*", default=[0.2, 0.35, 0.6], help="each kl_coef of a further run"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 16, 64, 256], help="each n of best-of-n")
     parser.add_argument("--name", default="main-job", help="of the runs and the table")
     parser.add_argument("--flags", default="", help="further flags for the recipe")
@@ -140,7 +156,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.prompts = job()["eval_completions"]
     if args.smoke:
-        args.sizes, args.prompts, args.draws, args.seeds = [1, 4], 4, 1, [0]
+        args.sizes, args.prompts, args.draws, args.seeds, args.prices = [1, 4], 4, 1, [0], [0.2]
         args.flags = "--max_steps 1 --rollout_batch_size 4 --minibatch_size 4 --eval_completions 4"
         args.picture = RESULTS / "main-job-smoke.png"
     if any(n < 1 or max(args.sizes) % n for n in args.sizes):
@@ -153,16 +169,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     runs: dict[int, Path] = {seed: run_dir(args, seed) for seed in args.seeds}
+    priced = {price: run_dir(args, f"price-{price:g}") for price in args.prices}
+    jobs = [(seed, run, []) for seed, run in runs.items()]
+    jobs += [(args.seeds[0], run, ["--kl_coef", str(price)]) for price, run in priced.items()]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda seed: train(seed, runs[seed], args.threads, shlex.split(args.flags)), runs))
+        list(pool.map(lambda job: train(*job[:2], args.threads, [*shlex.split(args.flags), *job[2]]), jobs))
     prompts = held_out(args.prompts)
     best = best_of(args.sizes, prompts, RESULTS / f"best-of-{'-'.join(map(str, args.sizes))}.json")
     curves = {seed: curve(run) for seed, run in runs.items()}
     rows: dict[int, Any] = {seed: judged(run / "final", prompts, args.draws) for seed, run in runs.items()}
     rows = {seed: row | {"seconds": curves[seed]["seconds"][-1]} for seed, row in rows.items()}
+    dearer = {price: judged(run / "final", prompts, args.draws) for price, run in priced.items()}
     draw(curves, best, args.picture)
-    result = {"best of n": best, "seeds": rows, "curves": curves}
-    write(args.name, result, report(best, rows, args), args.markdown)
+    result = {"best of n": best, "seeds": rows, "prices": dearer, "curves": curves}
+    write(args.name, result, report(best, rows, dearer, args), args.markdown)
 
 
 if __name__ == "__main__":
