@@ -9,6 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+ROUNDS ?= 3
 BIN := $(VENV)/bin
 
 # The environments of `make demo` and `make test`.
@@ -27,9 +28,9 @@ test: lint types
 families: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families/sweep.py --markdown docs/models.md
 
-# About an hour on two cores that do nothing else; see docs/speed.md.
+# About an hour on two cores that do nothing else, half of it with ROUNDS=1; see docs/speed.md.
 bench: $(VENV)/.installed-test
-	$(BIN)/python benchmarks/speed.py --markdown docs/speed.md
+	$(BIN)/python benchmarks/speed.py --rounds $(ROUNDS) --markdown docs/speed.md
 	$(BIN)/python benchmarks/profile_iteration.py --markdown docs/speed.md
 	$(BIN)/python benchmarks/scaling.py --markdown docs/speed.md
 	$(BIN)/python benchmarks/startup.py --markdown docs/speed.md

@@ -39,8 +39,12 @@ def operations(measured: Measured, top: int = 15) -> list[dict[str, Any]]:
     """The operations of one more iteration that take most time by themselves, and the share of all matrix products."""
     kinds = torch.profiler.ProfilerActivity
     on_gpu = measured.recorder.device == "cuda"
-    with torch.profiler.profile(activities=[kinds.CPU, *([kinds.CUDA] if on_gpu else [])]) as profile:
-        measured.trainer.step()  # without the probe
+    turns = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+    activities = [kinds.CPU, *([kinds.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities, schedule=turns) as profile:
+        for _ in range(2):  # the first is left out: the profiler's own memory changes what is cached
+            measured.trainer.step()  # without the probe
+            profile.step()
     field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     times = {event.key: (getattr(event, field) / 1e6, event.count) for event in profile.key_averages()}
     whole = sum(seconds for seconds, _ in times.values())
