@@ -44,7 +44,7 @@ def train(seed: int, output_dir: Path, threads: int, flags: list[str]) -> None:
     command += ["--output_dir", str(output_dir), "--cpu_threads", str(threads), "--disable_tqdm", "true", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with output_dir.with_suffix(".log").open("w") as log:
+    with output_dir.with_name(f"{output_dir.name}.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment, cwd=ROOT)
 
 
