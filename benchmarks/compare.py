@@ -24,12 +24,12 @@ import matplotlib.pyplot as plt
 from lmppo.plots import read_metrics
 
 EXPLAINED = "critic/explained_variance"
-NO_CRITIC = "--critic_model_name_or_path none --estimator rewards_to_go"
+NO_CRITIC = "--critic_model_name_or_path none --estimator rewards_to_go --kl_form k1_reward"
 ZERO_HEAD = "--critic_model_name_or_path none --critic_learning_rate none"
 VARIANTS = {
     "reward model as critic, gae 0.7": "--lam 0.7",
     "the same, gae 0.95": "",
-    "the same, rewards-to-go (gae 1.0)": "--lam 1.0",
+    "the same, rewards-to-go (gae 1.0)": "--lam 1.0 --kl_form k1_reward",
     "no critic: leave_one_out of 4": f"{NO_CRITIC} --baseline leave_one_out --num_generations 4",
     "no critic: batch_mean": f"{NO_CRITIC} --baseline batch_mean",
     "zero value head, gae 0.95": ZERO_HEAD,

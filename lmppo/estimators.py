@@ -26,7 +26,7 @@ from lmppo.functional import (
 )
 from lmppo.records import Rollout
 from lmppo.rewards.streams import default_streams, kl_stream
-from lmppo.settings import AdvantageSettings, EstimatorSettings, ShapingSettings, TruncationSettings
+from lmppo.settings import AdvantageSettings, EstimatorSettings, ShapingSettings
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def shape_rewards(
     streams = streams or default_streams(rollout.scores.shape[-1])
     kl_index, kl = kl_stream(streams), rollout.kl_penalty
     if _pays_at_end(streams[kl_index], config):
-        kl = _paid_at_end(rollout, config)
+        kl = _paid_at_end(rollout)
     rewards = []
     for k in range(len(streams)):
         coef = kl_coef if k == kl_index and config.kl_in_reward else 0.0
@@ -82,8 +82,11 @@ def _pays_at_end(stream: RewardStream, config: ShapingSettings) -> bool:
     before it have paid, which it cannot change, is a baseline. It is a good one. As the policy nears the best one, whose
     log-ratio to the reference is (reward - a constant) / kl_coef, a completion's reward less all of its KL nears that
     constant, while its reward less the KL of later tokens alone still differs from token to token.
+
+    A completion that was cut has no end to pay at where a value stands for what would follow, and is no sample of its
+    prefix's completions where it is left out.
     """
-    if config.kl_form is not None:
+    if config.kl_form is not None or config.truncation in ("bootstrap", "mask"):
         return config.kl_form == "k1_end"
     gamma, lam = _discounts(stream, config)
     if config.estimator == "gae":
@@ -97,12 +100,11 @@ def _discounts(stream: RewardStream, config: AdvantageSettings) -> tuple[float, 
     return gamma, config.lam if stream.lam is None else stream.lam
 
 
-def _paid_at_end(rollout: Rollout, config: TruncationSettings) -> Tensor:
-    """``(B, T)`` the KL of each completion, at its last token; none of one whose later rewards a value stands for."""
-    paid = torch.where(rollout.completion_mask, rollout.kl_penalty, 0.0).sum(dim=1, keepdim=True)
-    if config.truncation == "bootstrap":
-        paid = torch.where(rollout.ended[:, None], paid, 0.0)
-    return paid * _last_tokens(rollout)
+def _paid_at_end(rollout: Rollout) -> Tensor:
+    """``(B, T)`` the KL of each completion, at its last token."""
+    return torch.where(rollout.completion_mask, rollout.kl_penalty, 0.0).sum(dim=1, keepdim=True) * _last_tokens(
+        rollout
+    )
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,9 @@ class Settings:
 
     def _require_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
-        if value is not None and value not in choices:
+        if value == "none" and "none" not in choices and type(None) in get_args(get_type_hints(type(self))[name]):
+            object.__setattr__(self, name, None)
+        elif value is not None and value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}.{hint}")

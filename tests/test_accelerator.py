@@ -98,6 +98,7 @@ GRAPHED = {
     "gpt2": {},
     "llama": {"model": llama()},
     "lora in bfloat16": {"peft_config": lora(), "bf16": True},
+    "llama in bfloat16": {"model": llama(), "bf16": True},
     "frozen layers": {"num_layers_unfrozen": 1},
     "groups, top-k": {"num_generations": 4, "top_k": 5},
 }

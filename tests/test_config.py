@@ -163,6 +163,7 @@ CONTRADICTIONS = [
         {"kl_form": "k1_end", "gamma": 0.99},
         "kl_form='k1_end' has the KL of all tokens paid with the last one, which gamma=0.99",
     ),
+    ({"kl_form": "k1_end", "truncation": "bootstrap"}, "kl_form='k1_end' has the KL paid with the last token"),
     ({"kl_form": "k1_end", "estimator": "immediate_rewards"}, "kl_form='k1_end' has the KL of all tokens paid"),
     ({"objective": "policy_gradient"}, "objective='policy_gradient' is valid for one step per rollout only"),
     ({"objective": "policy_gradient", "ppo_epochs": 1}, "objective='policy_gradient' is valid for one step"),
@@ -328,6 +329,14 @@ def test_a_form_is_an_estimator_and_a_place(form):
     assert (config.kl_in_reward, config.kl_in_loss) == PLACES[place]
     free = PPOConfig(kl_form=form, kl_coef=0.0)
     assert (free.kl_in_reward, free.kl_in_loss) == (PLACES[place][0], False), "at no price it is no term of the loss"
+
+
+def test_the_default_form_has_the_name_none(tmp_path):
+    assert PPOConfig(kl_form="none").kl_form is None and PPOConfig().kl_form is None
+    assert parse(tmp_path, "kl_form: none\n").kl_form is None
+    assert parse(tmp_path, "kl_form: k1_reward\n", "--kl_form", "none").kl_form is None
+    with pytest.raises(ValueError, match="estimator='none' is not one of"):
+        PPOConfig(estimator="none")
 
 
 @pytest.mark.parametrize(

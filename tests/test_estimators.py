@@ -202,6 +202,9 @@ AT_THE_END = {
     "the bandit case": ({"estimator": "immediate_rewards"}, {}, False),
     "a stream's gamma": (UNDISCOUNTED, {"gamma": 0.9}, False),
     "a stream's lambda": ({"lam": 0.9}, {"lam": 1.0}, True),
+    "a value stands for what follows": (UNDISCOUNTED | {"truncation": "bootstrap"}, {}, False),
+    "cut completions are left out": (UNDISCOUNTED | {"truncation": "mask"}, {}, False),
+    "cut completions are punished": (UNDISCOUNTED | {"truncation": "penalty", "truncation_penalty": 0.0}, {}, True),
     "another form": (UNDISCOUNTED | {"kl_form": "exact_both"}, {}, False),
 }
 
@@ -219,16 +222,6 @@ def test_the_kl_is_paid_with_the_last_token_where_nothing_is_discounted(rollout,
         expected = [s - p for s, p in zip(scores[mask].tolist(), prices, strict=True)]
         assert rewards[row][mask].tolist() == pytest.approx(expected, abs=1e-5)
         assert rewards[row][~mask].eq(0).all()
-
-
-def test_a_completion_that_a_value_goes_on_from_has_not_paid_yet(rollout):
-    """The value of the state after it is that of all that the whole completion will have earned and paid."""
-    rollout = dataclasses.replace(rollout, ended=torch.tensor([True, False, True, False]))
-    settings = PPOConfig(truncation="bootstrap", whiten_advantages=False)
-    rewards = shape_rewards(rollout, settings, kl_coef=0.5)
-    free = shape_rewards(rollout, settings, kl_coef=0.0)
-    assert torch.equal(rewards[[1, 3]], free[[1, 3]])
-    assert (rewards[[0, 2]] != free[[0, 2]]).any(dim=(1, 2)).all()
 
 
 def test_a_stream_that_discounts_cannot_pay_at_the_end():

@@ -22,6 +22,15 @@ FEWER = 4
 """Ended rows are read along until no more than one in so many goes on: then the graph is recorded anew, for these rows."""
 
 
+class FixedLayer(StaticLayer):
+    """Keys and values of a fixed length, each of its own type: autocast rounds values, and rotated keys not."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for keys and values like these."""
+        super().lazy_initialization(key_states, value_states)
+        self.values: Tensor = self.values.to(value_states.dtype)
+
+
 class GraphedDecoder(Decoder):
     """A :class:`Decoder` whose steps are one graph: read in the usual way at first, then recorded, then replayed.
 
@@ -58,7 +67,7 @@ class GraphedDecoder(Decoder):
         if any(type(layer) not in (StaticLayer, StaticSlidingWindowLayer) for layer in cache.layers):
             raise UnsupportedModelError(f"a {kind_of(model)} keeps more than keys and values")
         # A window is hidden by the mask: a layer that drops what is before it would move its tensors.
-        cache.layers = [StaticLayer(max_cache_len=self.length) for _ in cache.layers]
+        cache.layers = [FixedLayer(max_cache_len=self.length) for _ in cache.layers]
         return cache
 
     def keep(self, rows: Tensor) -> None:

@@ -140,7 +140,7 @@ class KLSettings(Settings):
     kl_form: str | None = knob(
         None,
         f"What measures that KL, and where it stands: {', '.join(KL_FORMS)} (default: k1_end where nothing is discounted, "
-        f"gamma 1 and, with gae, lam 1; else k1_reward).",
+        f"gamma 1 and, with gae, lam 1, and cut completions count as they are; else k1_reward).",
     )
 
     @property
@@ -213,7 +213,7 @@ class AdvantageSettings(Settings):
         yield (
             self.adaptive_lam_alpha is not None and self.lam == 1,
             f"adaptive_lam_alpha={self.adaptive_lam_alpha} raises lam for long completions, and lam=1 cannot be raised: "
-            f"lower lam, to 0.95 for instance.",
+            f"lower it, to 0.95 for instance (the configuration's, even if every stream has its own).",
         )
 
 

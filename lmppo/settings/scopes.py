@@ -41,6 +41,11 @@ class ShapingSettings(AdvantageSettings, TruncationSettings, KLSettings):
             f"kl_form='k1_end' has the KL of all tokens paid with the last one, which gamma={self.gamma:g} and "
             f"estimator={self.estimator!r} do not count in full: set kl_form='k1_reward'.",
         )
+        yield (
+            self.kl_form == "k1_end" and self.truncation == "bootstrap",
+            "kl_form='k1_end' has the KL paid with the last token, and with truncation='bootstrap' a completion that was cut "
+            "has none: set kl_form='k1_reward'.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
