@@ -217,8 +217,8 @@ def _columns(saved: SavedRollouts) -> dict[str, tuple[str, Any]]:
         "ref": ("log-probability under the reference, among all tokens", saved.ref_logprobs),
         "kl": ("old − ref, in nats: this token's part of the KL estimate k1", saved.kl_to_ref),
         "reward": (
-            "the token's score, minus the KL penalty where that is in the reward: the token's own, or on the last token that of "
-            "all (kl_form k1_end, the default where nothing is discounted)" + total,
+            "the token's score, minus the KL penalty where that is in the reward: the token's own, or on the last "
+            "token that of all (kl_form k1_end, the default where nothing is discounted)" + total,
             saved.rewards.sum(-1),
         ),
         "value": (
