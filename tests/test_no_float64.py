@@ -86,7 +86,7 @@ def test_the_sampler_draws_what_it_draws_on_the_cpu(device, settings):
 
         below = None
 
-        def __init__(self, prompt_ids, prompt_mask):
+        def __init__(self, prompt_ids, prompt_mask, graphs_for):
             self.put = OnDevice if isinstance(prompt_ids, OnDevice) else lambda tensor: tensor
             self.rows, self.t = torch.arange(6), 0
             self.feed(None)
