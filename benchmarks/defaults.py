@@ -4,8 +4,9 @@ r"""Why the defaults are as they are: one setting at a time is changed, on three
     python benchmarks/defaults.py --task lexicon --variants "the defaults" "a constant rate"
 
 ``chain`` is the task of learn.py at its middle price and rate; ``long chain`` is the same with completions of 96 tokens in
-place of 24. ``lexicon`` is the main job's policy with VADER's score as the
-reward. Every run is a process of its own; runs that are there already (in runs/benchmarks/defaults) are not repeated.
+place of 24. ``lexicon`` is the main job's policy with VADER's score as the reward. Every run is a process of its own; runs
+that are there already (in runs/benchmarks/defaults) are not repeated, except those whose settings were others; where code has
+changed, delete its files.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch
 from best_of_n import held_out, job, kl_bound
 from best_of_n import measure as best_of_n
 from chain_task import Task
-from learn import PRICE, SMOKE, measure, prepare
+from learn import PRICE, SMOKE, measure, prepare, settings_of_lmppo
 from measuring import HERE, RESULTS, origin, run_job, spread, table, write
 
 RATE = 3e-4
@@ -147,11 +148,11 @@ def perform(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
     """The numbers of a run, from its file if it is there."""
     settings, task = VARIANTS[variant], args.task
     name = "-".join([task.replace(" ", "_"), *(f"{key}={value}" for key, value in settings.items()), str(seed)])
-    kept = args.folder / f"{name}.json"
-    if not kept.exists():
+    kept, whole = args.folder / f"{name}.json", settings_of_lmppo(settings)
+    if not kept.exists() or json.loads(kept.read_text()).get("settings") != whole:
         print(f"{task}: {variant}, seed {seed}", file=sys.stderr, flush=True)
         result = TASKS[task](settings, seed, (args.folder / name).absolute(), args)
-        kept.write_text(json.dumps(result) + "\n")
+        kept.write_text(json.dumps({"settings": whole, **result}) + "\n")
     return json.loads(kept.read_text())
 
 

@@ -92,7 +92,7 @@ def measure(policy: Path, reference: Path, task: Task, draws: int = 4) -> dict[s
 def perform(setting: Setting, task: Task, args: argparse.Namespace) -> Run:
     """The result of a setting, from its file if it is there; one that failed has ``error`` and is not kept."""
     kept, system = args.folder / f"{setting.name}.json", SYSTEMS[setting.system]
-    settings = settings_of_lmppo(args) if setting.system == "lmppo" else {}
+    settings = settings_of_lmppo(args.settings) if setting.system == "lmppo" else {}
     if kept.exists() and (found := json.loads(kept.read_text()))["settings"] == settings:
         return found
     print(setting.name, file=sys.stderr, flush=True)
@@ -115,9 +115,9 @@ def perform(setting: Setting, task: Task, args: argparse.Namespace) -> Run:
     return result
 
 
-def settings_of_lmppo(args: argparse.Namespace) -> dict[str, str]:
+def settings_of_lmppo(settings: dict[str, Any]) -> dict[str, str]:
     """All settings of lmppo but what the runs set: other defaults are other runs."""
-    config = PPOConfig(**args.settings)
+    config = PPOConfig(**settings)
     return {field.name: repr(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 

@@ -3,9 +3,9 @@ r"""The main job over several seeds, beside best-of-n sampling from its referenc
     python benchmarks/main_job.py --seeds 0 1 2 --markdown docs/results.md
 
 Each seed is one run of the recipe, in a process of its own; for rewards at smaller KLs the first seed runs with higher prices
-of a nat as well. All policies complete the held-out prompts of the recipe's
-evaluation, and one function judges them. Runs, and draws of best-of-n, that are there already (in runs/benchmarks) are not
-repeated. Seconds are those of start-up, rollouts and updates, as the run has logged them.
+of a nat as well. All policies complete the held-out prompts of the recipe's evaluation, and one function judges them. Runs,
+and draws of best-of-n, that are there already (in runs/benchmarks) are not repeated. Seconds are those of start-up, rollouts
+and updates, as the run has logged them.
 """
 
 import argparse

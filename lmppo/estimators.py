@@ -102,9 +102,8 @@ def _discounts(stream: RewardStream, config: AdvantageSettings) -> tuple[float, 
 
 def _paid_at_end(rollout: Rollout) -> Tensor:
     """``(B, T)`` the KL of each completion, at its last token."""
-    return torch.where(rollout.completion_mask, rollout.kl_penalty, 0.0).sum(dim=1, keepdim=True) * _last_tokens(
-        rollout
-    )
+    paid = torch.where(rollout.completion_mask, rollout.kl_penalty, 0.0).sum(dim=1, keepdim=True)
+    return paid * _last_tokens(rollout)
 
 
 @dataclass(frozen=True)
