@@ -19,7 +19,7 @@ from transformers import (
 )
 from workloads import Workload, share_of_even
 
-from lmppo.models.chunks import LOGITS_BYTES
+from lmppo.models.chunks import largest_chunk
 from lmppo.models.held import HeldInBFloat16
 from lmppo.setting_rules import FROZEN_DTYPES
 
@@ -82,7 +82,7 @@ def footprint(
         "optimizer": 2 * FLOAT * learning,
         "rollout": batch * (tokens * cached * (2 if setting.bf16 else FLOAT) + DRAW * config.vocab_size),
         "activations": micro_batch * tokens * activations,
-        "logits": LOGITS * min(FLOAT * micro_batch * length * config.vocab_size, LOGITS_BYTES),
+        "logits": LOGITS * FLOAT * config.vocab_size * min(micro_batch * length, largest_chunk(config.vocab_size)),
         "copies": (copies if setting.bf16 else 0) + widened,
     }
 

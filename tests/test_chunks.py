@@ -14,6 +14,7 @@ import lmppo.models.chunks
 from lmppo.functional import token_mean_loss
 from lmppo.loss import Penalties, _policy_terms, _value_terms
 from lmppo.models import ActorCritic, LanguageModel, Reference, States, chunks_of, sum_over_logits
+from lmppo.models.chunks import largest_chunk
 from lmppo.models.recomputation import prepare_recomputation
 from lmppo.update import accumulate_gradients
 
@@ -276,3 +277,9 @@ def test_chunks_cover_the_tokens_in_order_and_none_is_larger_than_allowed(monkey
     sizes = [chunk.stop - chunk.start for chunk in chunks]
     assert max(sizes) <= most and len(chunks) == max(1, -(-n // most)) and max(sizes) - min(sizes) <= 1
     assert chunks_of(2, 10**12) == [slice(0, 1), slice(1, 2)], "one token at a time, whatever it takes"
+
+
+@pytest.mark.parametrize("vocab_size, tokens", [(32, 131_072), (4096, 1024), (50_257, 512), (151_936, 220), (10**9, 1)])
+def test_a_chunk_has_512_tokens_or_16_mib_and_never_more_than_128_mib(vocab_size, tokens):
+    """Or one token, where that is larger."""
+    assert largest_chunk(vocab_size) == tokens

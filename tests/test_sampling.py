@@ -26,9 +26,11 @@ from lmppo.checks import NonFiniteError
 from lmppo.functional import token_logprobs
 from lmppo.models import ActorCritic
 from lmppo.sampling import (
+    DRAW_BLOCK,
     EVALUATION,
     ROLLOUT,
     SamplingParams,
+    _largest,
     draw,
     sample,
     uniform_noise,
@@ -306,6 +308,30 @@ def test_the_ends_of_the_unit_interval_stay_within_the_support(uniform, expected
     support = torch.tensor([[False, True, True, True, False]])
     uniforms = torch.tensor([uniform], dtype=torch.float64)
     assert draw(SamplingParams(1).distribution(logits, support), uniforms).tolist() == [expected]
+
+
+@pytest.mark.parametrize("size", [DRAW_BLOCK, DRAW_BLOCK + 1, 5 * DRAW_BLOCK - 3])
+@pytest.mark.parametrize("kept", [1.0, 0.3, 0.002])
+def test_a_draw_from_several_blocks_of_tokens_is_that_of_one_running_sum(size, kept):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(100, size, generator=generator) * 3
+    support = torch.rand(100, size, generator=generator) < kept
+    support[:, DRAW_BLOCK // 2] |= ~support.any(dim=1)
+    uniforms = torch.rand(100, generator=generator, dtype=torch.float64)
+    uniforms[:2], uniforms[2:4] = 0.0, 1 - 2**-53
+    tokens = draw(SamplingParams(1).distribution(logits, support), uniforms)
+    expected = [brute_force_draw(*row, 1.0) for row in zip(logits, support, uniforms.tolist(), strict=True)]
+    assert tokens.tolist() == expected
+
+
+def test_a_nan_draws_some_token_of_the_vocabulary():
+    """It is refused afterwards; until then it must be a token."""
+    assert 0 <= draw(torch.full((1, 300), float("nan")), torch.tensor([0.5], dtype=torch.float64)).item() < 300
+
+
+@pytest.mark.parametrize("rows", [[[1.0, -3.0, 2.0]], [[float("-inf"), 1.0, -0.5]], [[-2.0, -1.0, float("-inf")]]])
+def test_the_largest_logit_is_that_of_the_tokens_that_the_model_allows(rows):
+    assert _largest(torch.tensor(rows)).tolist() == [max(abs(x) for x in rows[0] if x > float("-inf"))]
 
 
 # --- truncation ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from lmppo.models.states import States
 LOGITS_BYTES = 2**27
 """The most memory of one float32 tensor of logits."""
 
+FEW_BYTES, FEW_TOKENS = 2**24, 512
+"""A chunk of either size is small enough: matrix products of fewer tokens take longer for each."""
+
 Sums = dict[str, Tensor]
 """Numbers by name, each added up over tokens; of names that end in ``_max`` the largest is kept."""
 
@@ -27,9 +30,15 @@ OfLogits = Callable[[Tensor, slice], tuple[Tensor, Sums]]
 and sums that are not."""
 
 
+def largest_chunk(vocab_size: int) -> int:
+    """The most tokens of a chunk; at least one."""
+    row = 4 * vocab_size
+    return max(1, min(LOGITS_BYTES // row, max(FEW_BYTES // row, FEW_TOKENS)))
+
+
 def chunks_of(n_tokens: int, vocab_size: int) -> list[slice]:
     """Slices of about the same size that cover the tokens; at least one."""
-    most = max(1, LOGITS_BYTES // (4 * vocab_size))
+    most = largest_chunk(vocab_size)
     n_chunks = max(1, -(-n_tokens // most))
     bounds = [n_tokens * i // n_chunks for i in range(n_chunks + 1)]
     return [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
