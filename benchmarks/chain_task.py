@@ -258,19 +258,20 @@ class Curve:
         self.paused += time.perf_counter() - entered
         return rewards.tolist()
 
-    def result(self, policy: torch.nn.Module, output: str, *, same_steps: bool = True) -> dict[str, Any]:
+    def result(self, policy: torch.nn.Module, output: str, *, steps: str = "same") -> dict[str, Any]:
         """What a run returns; its policy is saved.
 
         Args:
             policy: As it is at the end.
             output: Where it is saved.
-            same_steps: Whether the run must have had the task's number of optimizer steps.
+            steps: How many optimizer steps the run must have had: the "same" as the task's, "no more", or "any".
 
         Raises:
             RuntimeError: The run had other numbers of samples or optimizer steps than the task's.
         """
         found, expected = (len(self.rows), self.steps), (self.task.iterations, self.task.optimizer_steps)
-        if found[0] != expected[0] or (same_steps and found != expected):
+        allowed = {"same": found[1] == expected[1], "no more": found[1] <= expected[1], "any": True}
+        if found[0] != expected[0] or not allowed[steps]:
             raise RuntimeError(f"iterations and optimizer steps were {found}; expected {expected}.")
         seconds = self.elapsed()
         self.hook.remove()

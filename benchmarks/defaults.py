@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,7 +33,8 @@ from measuring import HERE, RESULTS, origin, run_job, spread, table, write
 RATE = 3e-4
 NO_CRITIC = {"estimator": "rewards_to_go"}
 RATE_OF_BEFORE, CLIP_OF_BEFORE = {"critic_learning_rate": RATE}, {"value_clip_range": 0.2}
-BEFORE = RATE_OF_BEFORE | CLIP_OF_BEFORE | {"lr_scheduler_type": "constant", "lam": 0.95}
+UNLIMITED = {"target_kl": math.inf}
+BEFORE = RATE_OF_BEFORE | CLIP_OF_BEFORE | UNLIMITED | {"lr_scheduler_type": "constant", "lam": 0.95}
 VARIANTS: dict[str, dict[str, Any]] = {
     "the defaults": {},
     "the defaults of before": BEFORE,
@@ -59,7 +61,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "minibatches of 64": {"minibatch_size": 64},
     "advantages as they are": {"whiten_advantages": False},
     "clip_range 0.1": {"clip_range": 0.1},
-    "target_kl 0.01": {"target_kl": 0.01},
+    "no target_kl": UNLIMITED,
+    "target_kl 0.003": {"target_kl": 0.003},
+    "target_kl 0.03": {"target_kl": 0.03},
+    "a rate of 1e-4": {"learning_rate": 1e-4},
+    "a rate of 1e-3": {"learning_rate": 1e-3},
+    "a rate of 1e-3, no target_kl": {"learning_rate": 1e-3, **UNLIMITED},
+    "adam_epsilon 1e-5": {"adam_epsilon": 1e-5},
     "max_grad_norm 0.1": {"max_grad_norm": 0.1},
     "a warm-up of the rate of 6 steps": {"warmup_steps": 6},
     "trpo": {"objective": "trpo"},

@@ -46,7 +46,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     curve.start()
     trainer.train()
     rows = [{name: x for name, x in row.items() if "explained_variance" in name} for row in trainer.state.log_history]
-    return curve.result(policy, job["output"], same_steps=not job.get("settings")) | {"rows": rows}
+    return curve.result(policy, job["output"], steps="any" if job.get("settings") else "no more") | {"rows": rows}
 
 
 if __name__ == "__main__":

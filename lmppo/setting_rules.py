@@ -61,11 +61,12 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
     ("temperature max_grad_norm adam_epsilon trpo_max_kl", lambda v: 0 < v < math.inf, "finite and above 0"),
     (
-        "clip_range_high value_clip_range target_kl kl_target critic_learning_rate step_zero_tolerance "
+        "clip_range_high value_clip_range kl_target critic_learning_rate step_zero_tolerance "
         "policy_kl_target adaptive_lam_alpha",
         lambda v: 0 < v < math.inf,
         "finite and above 0, or none",
     ),
+    ("target_kl", lambda v: v > 0, "above 0, or none"),
     ("gamma lam min_p", lambda v: 0 <= v <= 1, "within [0, 1]"),
     ("critic_lam", lambda v: 0 <= v <= 1, "within [0, 1], or none"),
     ("critic_warmup_explained_variance", lambda v: v < 1, "below 1, or none"),

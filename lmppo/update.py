@@ -44,9 +44,9 @@ def ppo_update(
     """Take the optimizer steps of one PPO iteration: ``ppo_epochs`` passes over the rollout.
 
     The critic learns in its own first ``critic_epochs`` passes (default: all), beyond the policy's if there are more.
-    A minibatch in which no token counts (its completions were all cut, with ``truncation='mask'``) is passed over. With
-    ``target_kl``, an optimizer step whose minibatch is already further than 1.5 times that from the old policy is
-    not taken and ends the update.
+    A minibatch in which no token counts (its completions were all cut, with ``truncation='mask'``) is passed over. An
+    optimizer step whose minibatch is already further than 1.5 * ``target_kl`` from the old policy is not taken, and is the
+    policy's last of this rollout; the critic learns in the passes that are left.
 
     Args:
         model: Policy and critic, as prepared by the accelerator.
@@ -130,24 +130,27 @@ def _run_passes(
 ) -> dict[str, float]:
     """One pass over the rollout for each entry of ``passes``, the heads that learn in it."""
     history: list[dict[str, float]] = []
+    refused: list[dict[str, float]] = []
     for epoch, heads in enumerate(passes):
         schedule = minibatch_rows(
             len(experience), config.minibatch_size, seed=config.seed, iteration=iteration, epoch=epoch
         )
         for rows in schedule:
+            learning = [head for head in heads if head == "values" or not refused]
             minibatch = experience.rows(rows.to(experience.completion_mask.device))
-            if not minibatch.completion_mask.any():
+            if not learning or not minibatch.completion_mask.any():
                 continue  # a step with a gradient of 0 would still go on with the momentum
             optimizer.zero_grad()
-            stats = accumulate_gradients(model, minibatch, config, accelerator, penalties, heads=heads)
-            if not history and first_ratio_tolerance is not None:
+            stats = accumulate_gradients(model, minibatch, config, accelerator, penalties, heads=learning)
+            if not history and not refused and first_ratio_tolerance is not None:
                 check_first_ratio(stats, first_ratio_tolerance)
-            if config.target_kl is not None and stats.get("approx_kl", 0.0) > 1.5 * config.target_kl:
+            if stats.get("approx_kl", 0.0) > config.kl_limit:
                 optimizer.zero_grad()
-                return _summary(history or [stats], stopped=True, steps=len(history))
+                refused.append(stats)
+                continue
             norms = take_step(model, optimizer, config, accelerator, stats, iteration)
             history.append(stats | norms)
-    return _summary(history, stopped=False, steps=len(history))
+    return _summary(history or refused, stopped=bool(refused), steps=len(history))
 
 
 def accumulate_gradients(

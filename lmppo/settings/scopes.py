@@ -1,5 +1,6 @@
 """What of the configuration each part of lmppo may touch: a part that reads another setting does not pass mypy."""
 
+import math
 from dataclasses import dataclass
 
 from lmppo.setting_rules import Contradictions
@@ -91,6 +92,14 @@ class UpdateSettings(
     RunSettings,
 ):
     """What the update may touch."""
+
+    @property
+    def kl_limit(self) -> float:
+        """The approx_kl beyond which the policy takes no step, in nats per token."""
+        target = self.target_kl
+        if target is None:
+            target = 0.01 if self.objective == "clip" else math.inf
+        return 1.5 * target
 
     def contradictions(self) -> Contradictions:
         """What belongs to another objective, or to a critic."""
