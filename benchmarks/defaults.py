@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from measuring import HERE, RESULTS, origin, run_job, spread, table, write
 RATE = 3e-4
 NO_CRITIC = {"estimator": "rewards_to_go"}
 RATE_OF_BEFORE, CLIP_OF_BEFORE = {"critic_learning_rate": RATE}, {"value_clip_range": 0.2}
-UNLIMITED = {"target_kl": math.inf}
+UNLIMITED = {"target_kl": 0.0}
 BEFORE = RATE_OF_BEFORE | CLIP_OF_BEFORE | UNLIMITED | {"lr_scheduler_type": "constant", "lam": 0.95}
 VARIANTS: dict[str, dict[str, Any]] = {
     "the defaults": {},

@@ -66,7 +66,7 @@ _RULES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda v: 0 < v < math.inf,
         "finite and above 0, or none",
     ),
-    ("target_kl", lambda v: v > 0, "above 0, or none"),
+    ("target_kl", lambda v: 0 <= v < math.inf, "finite, 0 or more, or none"),
     ("gamma lam min_p", lambda v: 0 <= v <= 1, "within [0, 1]"),
     ("critic_lam", lambda v: 0 <= v <= 1, "within [0, 1], or none"),
     ("critic_warmup_explained_variance", lambda v: v < 1, "below 1, or none"),

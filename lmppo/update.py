@@ -7,6 +7,7 @@ The loss of a minibatch is the mean over all its counted tokens. Every micro-bat
 that same global count, so that the gradient does not depend on how a minibatch is cut up.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -117,6 +118,12 @@ def critic_epochs(config: UpdateSettings, *, warmup: bool = False) -> int:
     return config.ppo_epochs if config.critic_epochs is None else config.critic_epochs
 
 
+def kl_limit(config: UpdateSettings) -> float:
+    """The approx_kl beyond which the policy takes no further step of an iteration, in nats per token."""
+    default = 0.01 if config.objective == "clip" else 0.0
+    return 1.5 * (default if config.target_kl is None else config.target_kl) or math.inf
+
+
 def _run_passes(
     model: nn.Module,
     optimizer: Optimizer,
@@ -131,6 +138,7 @@ def _run_passes(
     """One pass over the rollout for each entry of ``passes``, the heads that learn in it."""
     history: list[dict[str, float]] = []
     refused: list[dict[str, float]] = []
+    limit = kl_limit(config)
     for epoch, heads in enumerate(passes):
         schedule = minibatch_rows(
             len(experience), config.minibatch_size, seed=config.seed, iteration=iteration, epoch=epoch
@@ -144,7 +152,7 @@ def _run_passes(
             stats = accumulate_gradients(model, minibatch, config, accelerator, penalties, heads=learning)
             if not history and not refused and first_ratio_tolerance is not None:
                 check_first_ratio(stats, first_ratio_tolerance)
-            if stats.get("approx_kl", 0.0) > config.kl_limit:
+            if stats.get("approx_kl", 0.0) > limit:
                 optimizer.zero_grad()
                 refused.append(stats)
                 continue

@@ -79,6 +79,7 @@ def make_config(output_dir, **settings):
         "value_clip_range": 0.2,
         "lam": 0.95,
         "kl_form": "k1_reward",
+        "target_kl": 0.0,  # no limit: tests count the steps
         "disable_tqdm": True,
         "use_cpu": True,
     }

@@ -68,7 +68,7 @@ BAD = {
     "value_clip_range": POSITIVE,
     "vf_coef": RATE,
     "ent_coef": RATE,
-    "target_kl": POSITIVE,
+    "target_kl": RATE,
     "critic_warmup_steps": (-1,),
     "critic_warmup_epochs": COUNT,
     "step_zero_tolerance": POSITIVE,

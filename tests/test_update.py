@@ -24,6 +24,7 @@ from builders import (
     with_values,
 )
 
+from lmppo import PPOConfig
 from lmppo.checks import NonFiniteError, StepZeroError
 from lmppo.loss import Penalties, ppo_loss
 from lmppo.models import ActorCritic
@@ -31,7 +32,7 @@ from lmppo.optimizer import make_optimizer
 from lmppo.records import Experience, Tokens
 from lmppo.support import Support
 from lmppo.trpo import trpo_update
-from lmppo.update import accumulate_gradients, critic_epochs, critic_update, minibatch_rows, ppo_update
+from lmppo.update import accumulate_gradients, critic_epochs, critic_update, kl_limit, minibatch_rows, ppo_update
 
 KINDS = ["shared", "separate", "lora"]
 ROWS = PROMPTS * 2
@@ -406,10 +407,53 @@ def test_a_target_kl_stops_before_the_step_that_is_too_late():
     for group in optimizer.param_groups:
         group.update(lr=0.05, eps=1e-4, weight_decay=0.0)
     stats = update(model, experience, optimizer=optimizer, target_kl=target, **settings)
-    assert len(optimizer.norms) == stats["optimizer_steps"] == expected
+    assert len(optimizer.norms) == stats["optimizer_steps"] == 8 - 1, "the critic misses one step"
     assert stats["early_stop"] == 1
     assert stats["approx_kl"] == pytest.approx(sum(kls[:expected]) / expected, rel=1e-3)
-    assert all(p.grad is None for p in model.parameters()), "the gradient of the step not taken is gone"
+    assert all(p.grad is None for p in model.policy_parameters()), "the gradient of the step not taken is gone"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_the_stop_the_policy_stays_and_the_critic_goes_on(kind):
+    """The policy is what one step makes of it; the critic's parameters move on, with weight decay as well."""
+    states, steps = [], []
+    for target, epochs in ((0.0, 1), (1e-9, 4)):
+        model, experience = setting("gpt2", kind)
+        before = state_of(model)
+        rest = {"ppo_epochs": epochs, "minibatch_size": 12, "weight_decay": 0.1}
+        stats = update(model, experience, target_kl=target, **rest)
+        steps.append(stats["optimizer_steps"])
+        states.append(state_of(model))
+    critic = {name for name in before if name.startswith(("value_head", "critic"))}
+    moved = {name for name in before if not torch.equal(*(state[name] for state in states))}
+    assert moved and moved <= critic
+    assert steps == [1, 3] and stats["early_stop"] == 1 and stats["value_loss"] > 0
+
+
+def test_without_a_critic_the_stop_ends_the_update():
+    model, experience = setting()
+    stats = update(model, experience, target_kl=1e-9, ppo_epochs=4, estimator="rewards_to_go", baseline="batch_mean")
+    assert stats["optimizer_steps"] == 1 and stats["early_stop"] == 1
+
+
+def test_a_rollout_of_another_policy_is_not_learned_from_at_all():
+    """Every step is too late, and what was seen is reported."""
+    model, experience = setting()
+    far = dataclasses.replace(experience, old_logprobs=experience.old_logprobs - 1)
+    before = state_of(model)
+    stats = update(model, far, target_kl=0.01, estimator="rewards_to_go", baseline="batch_mean")
+    assert stats["optimizer_steps"] == 0 and stats["early_stop"] == 1 and stats["approx_kl"] > 0.015
+    assert_same(before, state_of(model))
+
+
+@pytest.mark.parametrize(
+    "settings, limit",
+    [({}, 0.015), ({"target_kl": 0.1}, 0.15), ({"target_kl": 0.0}, math.inf), ({"objective": "kl_penalty"}, math.inf),
+     ({"objective": "kl_penalty", "target_kl": 0.2}, 0.3), ({"objective": "trpo"}, math.inf),
+     ({"objective": "importance_sampled"}, math.inf)],
+)  # fmt: skip
+def test_the_limit_is_the_clipped_objectives_default(settings, limit):
+    assert kl_limit(PPOConfig(**settings)) == pytest.approx(limit)
 
 
 # --- the critic's warm-up --------------------------------------------------------------------------------------------
@@ -429,7 +473,7 @@ def test_in_the_warm_up_only_the_critic_learns(kind):
     assert changed and changed <= critic
     assert {id(p) for p in optimizer.state} == {id(p) for p in model.critic_parameters()}
     assert stats["optimizer_steps"] == 3 * 2 and stats["value_loss"] > 0
-    stats = update(model, experience, iteration=2, optimizer=optimizer, **(warm | {"target_kl": None}))
+    stats = update(model, experience, iteration=2, optimizer=optimizer, **(warm | {"target_kl": 0.0}))
     assert stats["optimizer_steps"] == 2 * 2
     assert any(not torch.equal(tensor, before[name]) for name, tensor in state_of(model).items() if name not in critic)
 

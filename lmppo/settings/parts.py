@@ -289,7 +289,7 @@ class PassSettings(Settings):
     target_kl: float | None = knob(
         None,
         "The policy takes no further step of an iteration when approx_kl exceeds 1.5 * target_kl; the critic goes on "
-        "(default: 0.01 with objective='clip', else no limit; inf: no limit).",
+        "(default: 0.01 with objective='clip', else none; 0: no limit).",
     )
     step_zero_tolerance: float | None = knob(
         None, "Largest |log ratio| and |KL| allowed before the first step (default: a bound on rounding errors)."

@@ -1,6 +1,5 @@
 """What of the configuration each part of lmppo may touch: a part that reads another setting does not pass mypy."""
 
-import math
 from dataclasses import dataclass
 
 from lmppo.setting_rules import Contradictions
@@ -93,14 +92,6 @@ class UpdateSettings(
 ):
     """What the update may touch."""
 
-    @property
-    def kl_limit(self) -> float:
-        """The approx_kl beyond which the policy takes no step, in nats per token."""
-        target = self.target_kl
-        if target is None:
-            target = 0.01 if self.objective == "clip" else math.inf
-        return 1.5 * target
-
     def contradictions(self) -> Contradictions:
         """What belongs to another objective, or to a critic."""
         yield (
@@ -108,7 +99,7 @@ class UpdateSettings(
             f"critic_warmup_steps and critic_epochs need a critic: baseline={self.baseline!r} has none.",
         )
         yield (
-            self.objective == "trpo" and (self.ent_coef > 0 or self.target_kl is not None or self.kl_in_loss),
+            self.objective == "trpo" and (self.ent_coef > 0 or bool(self.target_kl) or self.kl_in_loss),
             "objective='trpo' takes one step within trpo_max_kl: leave out ent_coef, target_kl and a KL penalty in "
             "the loss.",
         )
@@ -121,7 +112,7 @@ class UpdateSettings(
             "objective='trpo' differentiates twice, which gradient_checkpointing does not allow: leave it out.",
         )
         yield (
-            self.objective == "policy_gradient" and self.target_kl is not None,
+            self.objective == "policy_gradient" and bool(self.target_kl),
             "objective='policy_gradient' takes its one step at KL 0, where target_kl never stops it: leave it out.",
         )
 
