@@ -1,7 +1,8 @@
 """The update: one rollout's experience becomes exactly ``ppo_epochs * rollout_batch_size / minibatch_size`` steps.
 
 (With ``critic_epochs`` the critic's epochs count as well: the steps are those of the longer of the two. A minibatch in
-which no token counts has none. TRPO takes its one step without the optimizer, which is left to the critic.)
+which no token counts has none, nor one that is too far from the old policy; after that the critic learns alone. TRPO takes
+its one step without the optimizer, which is left to the critic.)
 
 The loss of a minibatch is the mean over all its counted tokens. Every micro-batch of every process divides its sum by
 that same global count, so that the gradient does not depend on how a minibatch is cut up.

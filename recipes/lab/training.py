@@ -53,7 +53,7 @@ def make_trainer(directory: str, *, seed: int, reward: Any = sparse, **rest: Any
     settings = {
         "rollout_batch_size": ROLLOUT_SIZE, "minibatch_size": 16, "micro_batch_size": ROLLOUT_SIZE,
         "max_completion_length": HORIZON, "learning_rate": 3e-3, "critic_learning_rate": 3e-3,
-        "lr_scheduler_type": "constant", "kl_coef": KL_COEF, "lam": 0.95, "kl_form": "k1_reward",
+        "lr_scheduler_type": "constant", "kl_coef": KL_COEF, "lam": 0.95, "kl_form": "k1_reward", "target_kl": 0.0,
     } | rest  # fmt: skip
     return PPOTrainer(
         model=make_model(),
