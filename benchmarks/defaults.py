@@ -75,7 +75,7 @@ LEXICON_PRICE = 0.03  # VADER's scores deviate by 0.45 from their mean, the clas
 LEXICON = {
     "reward_funcs": "lexicon", "critic_model_name_or_path": "none", "critic_learning_rate": "none", "max_steps": 60,
     "rollout_batch_size": 64, "minibatch_size": 16, "ppo_epochs": 4, "kl_coef": LEXICON_PRICE, "eval_completions": 1024,
-    "eval_steps": 60, "disable_tqdm": "true",
+    "eval_steps": 60, "disable_tqdm": "true", "lam": 1.0, "target_kl": "none",
 }  # fmt: skip
 EXPLAINED = ("critic/explained_variance", "critic/explained_variance_within_prompts")
 COLUMNS = ("objective", "reward", "kl", *EXPLAINED)

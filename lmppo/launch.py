@@ -1,6 +1,7 @@
 """The accelerator of a run, and what launchers may do that would make its numbers wrong."""
 
 import atexit
+import math
 import os
 from typing import Any
 
@@ -12,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from lmppo.allocator import keep_freed_memory
 from lmppo.config import PPOConfig
-from lmppo.update import critic_epochs
+from lmppo.update import critic_epochs, kl_limit
 
 
 def make_accelerator(args: PPOConfig, *, evaluates: bool) -> Accelerator:
@@ -30,6 +31,7 @@ def make_accelerator(args: PPOConfig, *, evaluates: bool) -> Accelerator:
     """
     _check_launch(args)
     together = args.objective != "trpo" and critic_epochs(args) == args.ppo_epochs
+    together = together and kl_limit(args) == math.inf  # or the policy may stop before the critic
     always = args.critic_warmup_steps == 0 and (together or not args.uses_critic)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=not always)  # a critic or a policy that sits out
     accelerator = Accelerator(

@@ -61,9 +61,9 @@ def ppo_update(
         first_ratio_tolerance: If given, the largest |log ratio| allowed on the first minibatch, where it must be 0.
 
     Returns:
-        Means over the steps taken (of means over each minibatch's counted tokens), ``grad_norm`` and, of a critic of its
-        own, ``critic/grad_norm`` (means before clipping), ``optimizer_steps``, and ``first_ratio_error``: the largest
-        |log ratio| on the first minibatch, which rounding alone explains.
+        Means over the steps taken (of means over each minibatch's counted tokens), ``grad_norm`` (over the policy's steps)
+        and, of a critic of its own, ``critic/grad_norm``, both before clipping; ``optimizer_steps``, ``policy_steps`` among
+        them, and ``first_ratio_error``: the largest |log ratio| on the first minibatch, which rounding alone explains.
 
     Raises:
         NonFiniteError: A loss or a gradient is not finite; the step was not taken.
@@ -159,7 +159,7 @@ def _run_passes(
                 continue
             norms = take_step(model, optimizer, config, accelerator, stats, iteration)
             history.append(stats | norms)
-    return _summary(history or refused, stopped=bool(refused), steps=len(history))
+    return _summary(history, refused)
 
 
 def accumulate_gradients(
@@ -241,8 +241,16 @@ def take_step(
     return {name: norm.item() for name, norm in norms.items()}
 
 
-def _summary(history: list[dict[str, float]], *, stopped: bool, steps: int) -> dict[str, float]:
-    names = sorted({name for row in history for name in row} - {"log_ratio_max"})
-    summary = {name: float(np.mean([row[name] for row in history if name in row])) for name in names}
-    summary["first_ratio_error"] = history[0].get("log_ratio_max", 0.0) if history else 0.0
-    return summary | {"optimizer_steps": float(steps), "early_stop": float(stopped)}
+def _summary(taken: list[dict[str, float]], refused: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the steps taken; of a policy that took none, what its refused minibatch showed."""
+    learned = [row for row in taken if "approx_kl" in row]
+    summary = {}
+    for name in sorted({name for row in taken + refused for name in row} - {"log_ratio_max"}):
+        rows = learned if name == "grad_norm" and learned else taken
+        values = [row[name] for row in rows if name in row] or [row[name] for row in refused if name in row]
+        summary[name] = float(np.mean(values))
+    seen = learned or refused
+    if seen:
+        summary["policy_steps"] = float(len(learned))
+    summary["first_ratio_error"] = seen[0].get("log_ratio_max", 0.0) if seen else 0.0
+    return summary | {"optimizer_steps": float(len(taken)), "early_stop": float(bool(refused))}

@@ -449,3 +449,15 @@ def test_the_reward_between_two_points():
     assert learn.reward_at(3.0, points) == pytest.approx(1.5 * math.sqrt(6.0))
     assert learn.reward_at(5.0, points) == pytest.approx(1.5 * math.sqrt(10.0))
     assert math.isnan(learn.reward_at(5.1, points))
+
+
+def test_the_lexicon_task_has_the_default_wherever_the_recipe_has_another_setting():
+    """What the recipe sets for its own task must not stand for a default."""
+    lexicon = module("defaults").LEXICON
+    recipe = yaml.safe_load((ROOT / "recipes" / "configs" / "tiny_reviews.yaml").read_text())
+    sizes = {"output_dir", "resume_from_checkpoint", "cpu_threads", "micro_batch_size", "max_completion_length", "save_steps",
+             "learning_rate", "seed"}  # fmt: skip
+    assert {field.name for field in dataclasses.fields(PPOConfig)} & set(recipe) - sizes <= set(lexicon)
+    default = PPOConfig()
+    for name in ("lam", "target_kl", "critic_learning_rate"):
+        assert lexicon[name] == ("none" if getattr(default, name) is None else getattr(default, name))

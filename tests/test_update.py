@@ -416,18 +416,19 @@ def test_a_target_kl_stops_before_the_step_that_is_too_late():
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_the_stop_the_policy_stays_and_the_critic_goes_on(kind):
     """The policy is what one step makes of it; the critic's parameters move on, with weight decay as well."""
-    states, steps = [], []
+    states, steps, stats = [], [], {"grad_norm": 0.0}
     for target, epochs in ((0.0, 1), (1e-9, 4)):
         model, experience = setting("gpt2", kind)
         before = state_of(model)
         rest = {"ppo_epochs": epochs, "minibatch_size": 12, "weight_decay": 0.1}
-        stats = update(model, experience, target_kl=target, **rest)
+        norm, stats = stats["grad_norm"], update(model, experience, target_kl=target, **rest)
         steps.append(stats["optimizer_steps"])
         states.append(state_of(model))
     critic = {name for name in before if name.startswith(("value_head", "critic"))}
     moved = {name for name in before if not torch.equal(*(state[name] for state in states))}
     assert moved and moved <= critic
-    assert steps == [1, 3] and stats["early_stop"] == 1 and stats["value_loss"] > 0
+    assert steps == [1, 3] and stats["early_stop"] == stats["policy_steps"] == 1 and stats["value_loss"] > 0
+    assert stats["grad_norm"] == pytest.approx(norm), "of the policy's step alone"
 
 
 def test_without_a_critic_the_stop_ends_the_update():
@@ -444,6 +445,11 @@ def test_a_rollout_of_another_policy_is_not_learned_from_at_all():
     stats = update(model, far, target_kl=0.01, estimator="rewards_to_go", baseline="batch_mean")
     assert stats["optimizer_steps"] == 0 and stats["early_stop"] == 1 and stats["approx_kl"] > 0.015
     assert_same(before, state_of(model))
+    with_critic = update(model, far, target_kl=0.01)
+    assert with_critic["policy_steps"] == 0 and with_critic["optimizer_steps"] == 2 * 2 - 1
+    for name in ("approx_kl", "first_ratio_error", "policy_loss", "entropy", "ratio", "clip_frac"):
+        assert with_critic[name] == pytest.approx(stats[name]), name
+    assert with_critic["first_ratio_error"] > 0.5
 
 
 @pytest.mark.parametrize(

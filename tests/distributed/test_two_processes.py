@@ -187,3 +187,9 @@ def test_an_error_in_a_callback_of_one_process_ends_both(tmp_path):
     assert finished.returncode != 0
     output = finished.stdout + finished.stderr
     assert "A callback's on_step_end failed on another process. process 1: the callback is unwell" in output
+
+
+@pytest.mark.parametrize("name", ["stopped", "separate, stopped"])
+def test_two_processes_stop_the_policy_at_the_same_step_and_the_critic_goes_on(folders, name):
+    rows = metrics_rows(folders[1] / name)
+    assert [(row["early_stop"], row["optimizer_steps"]) for row in rows] == [(1, 4 * 2 - 1)] * 2

@@ -44,6 +44,8 @@ RUNS = {
         "save_rollouts": 5,
     },
     "trpo": {"objective": "trpo", "trpo_max_kl": 0.02, "trpo_damping": 1.0, "trpo_cg_steps": 3},
+    "stopped": {"lam": 1.0, "kl_form": "k1_end", "target_kl": 1e-3, "ppo_epochs": 4},
+    "separate, stopped": {"target_kl": 1e-3, "ppo_epochs": 4},
     "critic-free": {"estimator": "rewards_to_go", "baseline": "leave_one_out", "truncation": "mask"},
     "constrained": {
         "suppress_tokens": [2],
@@ -74,7 +76,7 @@ def arguments_of(name):
     if name.startswith("lora critic"):  # with a head that no value depends on; with top layers alone
         top = replace(adapter, target_modules=["c_attn"], layers_to_transform=[1])
         return {"critic": "lora", "peft_config": adapter if name == "lora critic" else top}
-    return build_policy_arguments(name if name in ("separate", "lora") else "shared")
+    return build_policy_arguments(kind if (kind := name.split(",")[0]) in ("separate", "lora") else "shared")
 
 
 def build(output_dir, name) -> PPOTrainer:
