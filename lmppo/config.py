@@ -119,7 +119,8 @@ class PPOConfig(
     Counts of completions (``rollout_batch_size``, ``minibatch_size``) are global, over all processes;
     ``micro_batch_size`` is per process and changes memory only. One step (``max_steps``, ``save_steps``,
     ``warmup_steps``, ...) is one PPO iteration: a rollout and ``ppo_epochs * rollout_batch_size / minibatch_size``
-    optimizer steps, of which the policy takes no more once ``target_kl`` is exceeded. `docs/configuration.md` gives the reason for each default.
+    optimizer steps, of which the policy takes no more once ``target_kl`` is exceeded. `docs/configuration.md` gives the
+    reason for each default.
 
     Raises:
         TypeError: A value is of the wrong kind, such as text where a number is expected.
