@@ -57,7 +57,7 @@ def operations(measured: Measured, top: int = 15) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, profile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=["W1", "W2", "W3"], default=["W1", "W2"])
+    parser.add_argument("--workloads", nargs="+", choices=["W1", "W2", "W3", "W4"], default=["W1", "W2", "W4"])
     parser.add_argument("--iterations", type=int, default=3, help="counted iterations, after one to warm up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=default_threads())

@@ -113,14 +113,17 @@ def counted(ids: Sequence[int], work: Workload) -> int:
 
 
 def useful_flops(work: Workload) -> dict[str, float]:
-    """Multiplications and additions of an iteration without waste, by phase; everything is trained.
+    """Multiplications and additions of an iteration without waste, by phase.
 
     No padding, logits of the states before completion tokens only, the last token is never read; a backward pass costs
-    two forward passes. To sample is to read every token once over a cache, which is the same arithmetic.
+    two forward passes. To sample is to read every token once over a cache, which is the same arithmetic. Frozen layers are
+    read once, by the sampler; a frozen head costs one more pass backward, not two.
     """
     prompt, end = sum(work.prompt) / 2, work.eos_probability
     length = (1 - (1 - end) ** work.length) / end if end else work.length
-    blocks, head = 12 * work.layers * work.width**2, work.vocab * work.width
-    attention = 4 * work.layers * work.width * (prompt + length) / 2
-    forward = work.batch * ((prompt + length - 1) * (2 * blocks + attention) + length * 2 * head)
-    return {"generate": forward, "reference": forward, "update": work.epochs * 3 * forward}
+    layer = 24 * work.width**2 + 4 * work.width * (prompt + length) / 2
+    head = work.batch * length * 2 * work.vocab * work.width
+    top = work.layers if work.unfrozen is None else work.unfrozen
+    whole, trained = (work.batch * (prompt + length - 1) * layers * layer for layers in (work.layers, top))
+    update = 3 * trained + (3 if work.unfrozen is None else 2) * head
+    return {"generate": whole + head, "reference": trained + head, "update": work.epochs * update}

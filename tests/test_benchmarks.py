@@ -186,6 +186,11 @@ def test_useful_arithmetic_is_that_of_a_forward_pass():
     flops = workloads.useful_flops(work)
     assert flops["reference"] == flops["generate"] == counter.get_total_flops() - later
     assert flops["update"] == 9 * flops["reference"]
+    head = 4 * 4 * 2 * 16 * work.vocab
+    frozen = workloads.useful_flops(dataclasses.replace(work, unfrozen=1))
+    assert frozen["generate"] == flops["generate"]
+    assert frozen["reference"] == (flops["reference"] - head) / work.layers + head
+    assert frozen["update"] == work.epochs * (3 * frozen["reference"] - head)
 
 
 def test_the_completions_of_w3_end_as_often_as_said():
