@@ -25,9 +25,7 @@ from lmppo.setting_rules import FROZEN_DTYPES
 
 FLOAT = 4  # bytes
 LOGITS = 4  # tensors of the logits' size at once: the logits, what their log-probabilities keep, and two gradients
-DRAW = (
-    16  # bytes for each token of the vocabulary while one is drawn: logits, log-probabilities, probabilities in blocks
-)
+DRAW = 24  # bytes for each token of the vocabulary while one is drawn: logits, probabilities, and their sums in float64
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,6 @@ from lmppo.support import Support, pack
 
 # What a stream of noise is for; each purpose has its own numbers.
 ROLLOUT, EVALUATION = 0, 1
-# Tokens whose probabilities are added up first when one is drawn.
-DRAW_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -137,31 +135,19 @@ def uniform_noise(seed: int, iteration: int, rows: range, n_time: int, *, purpos
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """``(B,)`` tokens by inversion of the cumulative distribution: the first token whose cdf exceeds the uniform.
 
-    The distribution is accumulated in float64, on the CPU where the device has none (Apple's GPUs): first over blocks of
-    tokens, then within the block that the uniform falls into, as a running sum over all of a large vocabulary is slow.
+    The distribution is accumulated in float64, on the CPU where the device has none (Apple's GPUs).
 
     Args:
         logprobs: ``(B, V)`` of the distribution, -inf on what it rules out.
         uniforms: ``(B,)`` float64 in [0, 1), on any device.
     """
     place = logprobs.device if has_float64(logprobs.device) else "cpu"
-    vocab_size = logprobs.shape[-1]
-    padded = torch.nn.functional.pad(logprobs.exp().to(place), (0, -vocab_size % DRAW_BLOCK))
-    blocks = padded.unflatten(-1, (-1, DRAW_BLOCK))
-    mass = blocks.sum(dim=-1, dtype=torch.float64)
-    block, rest = _first_above(mass, uniforms.to(place) * mass.sum(dim=-1))
-    within, _ = _first_above(blocks[torch.arange(len(blocks), device=block.device), block].double(), rest)
-    return (block * DRAW_BLOCK + within).clamp(max=vocab_size - 1).to(logprobs.device)  # beyond it for a NaN
-
-
-def _first_above(mass: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """``(B,)`` the first place up to which ``(B, n)`` float64 add up to more than the target, what they lack before it."""
-    sums = mass.cumsum(dim=-1)
-    total = sums[:, -1]
-    targets = torch.minimum(targets, torch.nextafter(total, torch.zeros_like(total)))[:, None]
-    place = torch.searchsorted(sums, targets, right=True).clamp(max=mass.shape[-1] - 1)
-    before = torch.nn.functional.pad(sums, (1, 0)).gather(1, place)
-    return place[:, 0], (targets - before)[:, 0]
+    cdf = logprobs.exp().to(place).double().cumsum(dim=-1)
+    total = cdf[:, -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    targets = torch.minimum(uniforms.to(place)[:, None] * total, below_total)
+    token = torch.searchsorted(cdf, targets, right=True)[:, 0].clamp(max=logprobs.shape[-1] - 1)  # beyond it for a NaN
+    return token.to(logprobs.device)
 
 
 @functools.cache
