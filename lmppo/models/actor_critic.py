@@ -20,6 +20,7 @@ from lmppo.models.decoder import Decoder, needs_step_masks
 from lmppo.models.graphs import GraphedDecoder, check_graphs
 from lmppo.models.inputs import Aligned, Positions, inputs_of, takes
 from lmppo.models.language_model import LanguageModel
+from lmppo.models.last_layer import LastLayer
 from lmppo.models.probe import (
     Outputs,
     UnsupportedModelError,
@@ -77,6 +78,7 @@ class ActorCritic(nn.Module):
         self._value_reader: LanguageModel | None = self.language_model  # whose states the value head reads
         if critic is not None and not hasattr(critic, "peft_config"):
             self._value_reader, self._critic_positions = None, probe_critic(critic)
+            self._critic_last_layer = LastLayer(critic, self._critic_states)
             return
         if critic is not None:
             self._value_reader = LanguageModel(critic, "critic", num_layers_unfrozen)
@@ -187,11 +189,17 @@ class ActorCritic(nn.Module):
         if self._value_reader is not None:
             return self.values_of(self._value_reader.read(tokens).hidden)
         aligned = Aligned.of(tokens)
-        return self._critic_everywhere(aligned)[aligned.lines, aligned.columns].unsqueeze(0)
+        with self._critic_last_layer.reading(aligned):
+            return self._critic_everywhere(aligned)[aligned.lines, aligned.columns].unsqueeze(0)
 
     def _critic_everywhere(self, aligned: Aligned) -> Tensor:
         """``(L, W, K)`` values of the states after each token of aligned rows."""
         return self.critic(**inputs_of(aligned, self._critic_positions)).logits.float()
+
+    def _critic_states(self, aligned: Aligned) -> Outputs:
+        """The critic's hidden states of the counted tokens: a new head gives 0 for whatever they are."""
+        out = self.critic(**inputs_of(aligned, self._critic_positions), output_hidden_states=True)
+        return [out.hidden_states[-1][aligned.lines, aligned.columns].unsqueeze(0)]
 
 
 def _freeze_beyond(trunk: nn.Module | None, model: nn.Module) -> None:

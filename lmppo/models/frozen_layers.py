@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lmppo.models.exchange import exchanged
 from lmppo.models.inputs import base_of, kind_of
+from lmppo.models.last_layer import stack_of
 from lmppo.models.probe import UnsupportedModelError
 
 
@@ -36,10 +38,10 @@ class FrozenLayers:
                 f"num_layers_unfrozen={n_trained}: {name} is a {self.kind} of {n_layers} layers; give 1 to "
                 f"{n_layers - 1}, or leave it out to train all of them."
             )
-        stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-        if not stacks:
+        stack = stack_of(base)
+        if stack is None:
             raise self.unsupported(f"it has no list of {n_layers} layers")
-        self.layers: list[Any] = list(stacks[0])[: n_layers - n_trained]
+        self.layers: list[Any] = list(stack)[: n_layers - n_trained]
         self._n_others: int | None = None  # what the layers give beside their states, if they give a tuple
 
     def unsupported(self, reason: str) -> UnsupportedModelError:
@@ -88,26 +90,10 @@ class FrozenLayers:
     @contextlib.contextmanager
     def answering(self, hidden: Tensor | None) -> Iterator[None]:
         """Within it the lower layers answer these states ``(B, W, H)``, whatever they are given; None: they compute."""
-        with contextlib.ExitStack() as stack:
-            if hidden is not None:
-                output = hidden if self._n_others is None else (hidden, *[None] * self._n_others)
-                for layer in self.layers:
-                    stack.enter_context(answering(layer, output))
+        output = hidden if self._n_others is None else (hidden, *[None] * self._n_others)
+        with exchanged({} if hidden is None else dict.fromkeys(self.layers, lambda *args, **kwargs: output)):
             yield
 
 
 class _ReachedError(Exception):
     """The last of the lower layers has computed."""
-
-
-@contextlib.contextmanager
-def answering(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within it the module answers ``output``, whatever it is given."""
-    own = vars(module).get("forward")
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from lmppo.functional._inputs import widen
 from lmppo.models.chunks import OfLogits, Sums, leaves_of, sum_over_logits
-from lmppo.models.frozen_layers import FrozenLayers, answering
+from lmppo.models.exchange import exchanged
+from lmppo.models.frozen_layers import FrozenLayers
 from lmppo.models.inputs import Aligned, Positions, base_of, inputs_of, kind_of, takes
+from lmppo.models.last_layer import LastLayer
 from lmppo.models.probe import (
     Outputs,
     UnsupportedModelError,
@@ -66,6 +68,7 @@ class LanguageModel:
         if num_layers_unfrozen is not None:
             self.frozen = FrozenLayers(model, num_layers_unfrozen, name)
             self._check_frozen()
+        self._last_layer = LastLayer(model, lambda aligned: self._read_counted(aligned, None).parts)
 
     @torch.no_grad()
     def _probe(self, name: str) -> tuple[Positions, Tensor]:
@@ -97,8 +100,8 @@ class LanguageModel:
         """From the states at the boundary the model computes what it computes of the tokens."""
         assert self.frozen is not None
         tokens = probe_tokens(self.model)
-        expected = self.read(tokens).source
-        started = self.read(replace(tokens, below=self.read_below(tokens))).source
+        aligned = Aligned.of(tokens)
+        expected, started = (self._read_counted(aligned, b).source for b in (None, self.read_below(tokens)))
         difference = excess([started], [expected], self.model)
         if difference.too_large:
             raise self.frozen.unsupported(f"its upper layers alone compute something else ({difference})")
@@ -116,7 +119,8 @@ class LanguageModel:
     def read(self, tokens: Tokens) -> States:
         """What the model computes of the states before the N counted tokens, ``(1, N, ...)``; nothing behind them."""
         aligned = Aligned.of(tokens)
-        return self._read(aligned, tokens.below).at(aligned.lines, aligned.columns)
+        with self._last_layer.reading(aligned):
+            return self._read_counted(aligned, tokens.below)
 
     def read_last(self, tokens: Tokens) -> States:
         """What it computes of the state after each row's last counted token, ``(1, B, ...)``; ``tokens.below`` ends there."""
@@ -127,6 +131,9 @@ class LanguageModel:
         """``(B, W, H)`` what the frozen lower layers compute, for ``tokens.below``; of rows that are not packed."""
         assert self.frozen is not None and not tokens.line_length
         return self.frozen.compute(self.model, inputs_of(Aligned.of(tokens, whole=True), self.positions))
+
+    def _read_counted(self, aligned: Aligned, below: Tensor | None) -> States:
+        return self._read(aligned, below).at(aligned.lines, aligned.columns)
 
     def _read(self, aligned: Aligned, below: Tensor | None) -> States:
         inputs = {"last": aligned.ids.shape[1], **inputs_of(aligned, self.positions)}
@@ -171,7 +178,8 @@ class LanguageModel:
     @torch.compiler.disable  # it cannot follow a forward that is exchanged
     def _head(self, trunk: nn.Module, hidden: Tensor) -> Tensor:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-        with answering(trunk, self._output_class(last_hidden_state=hidden)):
+        answer = self._output_class(last_hidden_state=hidden)
+        with exchanged({trunk: lambda *args, **kwargs: answer}):
             return self.model(input_ids=ids, use_cache=False).logits
 
     def outputs(self, **inputs: Any) -> Outputs:

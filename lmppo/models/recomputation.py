@@ -6,8 +6,7 @@ sampler does not do.
 """
 
 import contextlib
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lmppo.models.actor_critic import ActorCritic
+from lmppo.models.exchange import exchanged, exchanges_in
 from lmppo.models.inputs import base_of
 from lmppo.models.loading import print_once
 from lmppo.settings import UpdateSettings
@@ -45,28 +45,26 @@ def prepare_recomputation(model: ActorCritic, args: UpdateSettings) -> None:
 @contextlib.contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Within it, the marked layers of a model are recomputed in the backward pass of what is computed here."""
-    with contextlib.ExitStack() as stack:
-        for layer in _marked(model):
-            stack.enter_context(_recomputed(layer))
+    with exchanged({layer: _recomputed(layer) for layer in _marked(model)}):
         yield
 
 
-@contextlib.contextmanager
-def _recomputed(layer: Any) -> Iterator[None]:
-    forward, own, run = layer.forward, vars(layer).get("forward"), layer._gradient_checkpointing_func
+def _recomputed(layer: Any) -> Callable[..., Any]:
+    """A layer's forward pass that is run again in the backward pass, with its parts as they were."""
+    forward, run = layer.forward, layer._gradient_checkpointing_func
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return run(partial(forward, **kwargs), *args, use_reentrant=False)  # the other way needs inputs with gradients
+        exchanges = exchanges_in(layer)
 
-    layer.forward = call
-    try:
-        yield
-    finally:
-        del layer.forward
-        if own is not None:
-            layer.forward = own
+        def compute(*args: Any) -> Any:
+            with exchanged(exchanges):
+                return forward(*args, **kwargs)
+
+        return run(compute, *args, use_reentrant=False)  # the other way needs inputs with gradients
+
+    return call
 
 
 def _marked(module: Any) -> list[Any]:

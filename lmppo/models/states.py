@@ -27,6 +27,11 @@ class States:
         assert source is not None
         return source
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """What there is: the hidden states, the logits."""
+        return [x for x in (self.hidden, self.logits) if x is not None]
+
     def __len__(self) -> int:
         return self.source.shape[1]
 
