@@ -28,9 +28,9 @@ CONFIG = ROOT / "recipes/configs/tiny_reviews.yaml"
 COLUMNS = ("kl", "reward", "objective", "p_positive", "vader", "distinct_2")
 
 
-def held_out(number: int) -> list[list[int]]:
-    """The first prompts of the recipe's evaluation."""
-    cut = cut_prompts(load_reviews("evaluation"), load_tokenizer(str(REFERENCE)), job()["prompt_tokens"])
+def prompts_of(split: str, number: int | None = None) -> list[list[int]]:
+    """The first (or all) of the recipe's prompts: to train on (``prompts``) or to evaluate with (``evaluation``)."""
+    cut = cut_prompts(load_reviews(split), load_tokenizer(str(REFERENCE)), job()["prompt_tokens"])
     return [list(row) for row in cut["prompt"][:number]]
 
 

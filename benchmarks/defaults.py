@@ -10,7 +10,6 @@ changed, delete its files.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
@@ -23,13 +22,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from best_of_n import held_out, job, kl_bound
+from best_of_n import job, kl_bound, prompts_of
 from best_of_n import measure as best_of_n
-from chain_task import Task
-from learn import PRICE, SMOKE, measure, prepare, settings_of_lmppo
+from chain_task import Chain
+from learn import SMOKE, measure, prepare, settings_of_lmppo
 from measuring import HERE, RESULTS, origin, run_job, spread, table, write
 
-RATE = 3e-4
+PRICE, RATE = 0.5, 3e-4  # of the chains
 NO_CRITIC = {"estimator": "rewards_to_go"}
 RATE_OF_BEFORE, CLIP_OF_BEFORE = {"critic_learning_rate": RATE}, {"value_clip_range": 0.2}
 UNLIMITED = {"target_kl": 0.0}
@@ -81,21 +80,21 @@ EXPLAINED = ("critic/explained_variance", "critic/explained_variance_within_prom
 COLUMNS = ("objective", "reward", "kl", *EXPLAINED)
 
 
-CHAINS = {"chain": Task(), "long chain": Task(length=96)}
+CHAINS = {"chain": Chain(), "long chain": Chain(length=96)}
 
 
-def chain(task: Task, settings: dict[str, Any], seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+def chain(task: Chain, settings: dict[str, Any], seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One run of a chain task."""
     model = folder_of(task, args) / "model"
-    run = {"task": dataclasses.asdict(task), "model": str(model), "output": str(folder)}
+    run = {"task": task.job, "model": str(model), "output": str(folder)}
     run |= {"price": PRICE, "learning_rate": RATE, "seed": seed, "settings": settings}
     result = run_job("learn_lmppo", run, threads=args.threads, python=sys.executable, inline=args.smoke)
     if "error" in result:
         raise RuntimeError(f"{folder.name}: {result['error']}")
-    return measure(folder, model, task) | explained(result["rows"])
+    return measure(folder, model, task, PRICE) | explained(result["rows"])
 
 
-def folder_of(task: Task, args: argparse.Namespace) -> Path:
+def folder_of(task: Chain, args: argparse.Namespace) -> Path:
     """Where the model of a chain task is."""
     return args.folder / "long" if task == CHAINS["long chain"] else args.folder
 
@@ -129,7 +128,7 @@ def explained(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: fmean(values) for name, values in found.items() if values}
 
 
-def best_of_chain(task: Task, args: argparse.Namespace) -> dict[int, dict[str, float]]:
+def best_of_chain(task: Chain, args: argparse.Namespace) -> dict[int, dict[str, float]]:
     """What best-of-n gives on a chain task, whose model is made if it is not there."""
     rewards = prepare(task, argparse.Namespace(smoke=args.smoke, folder=folder_of(task, args)))
     return {
@@ -143,7 +142,7 @@ def best_of_lexicon(args: argparse.Namespace) -> dict[int, dict[str, float]]:
     kept = args.folder / "lexicon-best-of-n.json"
     if not kept.exists():
         tokens = job()["max_completion_length"]
-        rows = best_of_n([1, 4, 16, 64], held_out(256), tokens, LEXICON_PRICE, seed=0, by="vader")
+        rows = best_of_n([1, 4, 16, 64], prompts_of("evaluation", 256), tokens, LEXICON_PRICE, seed=0, by="vader")
         kept.write_text(json.dumps({n: row | {"reward": row["vader"]} for n, row in rows.items()}) + "\n")
     return {int(n): row for n, row in json.loads(kept.read_text()).items()}
 

@@ -18,6 +18,7 @@ REQUIREMENTS = {
         "pyarrow<19",
         "tokenizers<0.21",
         "rich",
+        "vaderSentiment==3.3.2",
     ],
     "trl_experimental": [
         "torch==2.13.0",
@@ -26,6 +27,7 @@ REQUIREMENTS = {
         "accelerate==1.15.0",
         "peft==0.21.2",
         "datasets==5.2.0",
+        "vaderSentiment==3.3.2",
     ],
     "trl_current": [
         "torch==2.13.0",
@@ -33,6 +35,7 @@ REQUIREMENTS = {
         "transformers==5.23.0",
         "accelerate==1.15.0",
         "datasets==5.2.0",
+        "vaderSentiment==3.3.2",
     ],
 }
 

@@ -1,13 +1,15 @@
-r"""What lmppo and trl's trainers learn from the same number of samples, on a task whose best answer is known.
+r"""What lmppo and trl's trainers learn from the same number of samples.
 
     python benchmarks/learn.py --markdown docs/results.md
+    python benchmarks/learn.py --task review --markdown docs/results.md
     python benchmarks/learn.py --systems lmppo --prices 0.5 --seeds 0
 
-The task is chain_task.py's. Every system runs at each price of a nat of KL with each learning rate and the first seed; then,
-for each price, with all seeds at the learning rate that came out best by the objective at that price. One function measures
-the policies that all of them have saved, on the same held-out prompts. Every run is a process of its own. Runs that are there
-already (a JSON file each, in runs/benchmarks/learn) are not repeated, except those of lmppo whose settings were others; where
-code has changed, delete its files. The first use makes a virtual environment for each version of trl.
+The task is that of chain_task.py, whose best answer is known, or that of review_task.py, with the main job's policy. Every
+system runs at each price of a nat of KL with each learning rate and the first seed; then, for each price, with all seeds at
+the learning rate that came out best by the objective at that price. One function measures the policies that all of them have
+saved, on the same held-out prompts. Every run is a process of its own. Runs that are there already (a JSON file each, in
+runs/benchmarks/learn or learn-review) are not repeated, except those of lmppo whose settings were others; where code has
+changed, delete its files. The first use makes a virtual environment for each version of trl.
 """
 
 import argparse
@@ -24,9 +26,11 @@ from typing import Any
 
 import torch
 import yaml
-from chain_task import HELD_OUT, Task, best_of, kl_along, load_model, make_model, optimum, sample
+from chain_task import Chain
 from environments import python_of
+from learn_task import HELD_OUT, Task, best_of, kl_along, load_model, sample
 from measuring import RESULTS, origin, run_job, spread, table, write
+from review_task import Reviews
 
 from lmppo import PPOConfig
 
@@ -55,11 +59,11 @@ SYSTEMS = {
     "grpo": System("trl 1.16.0, `GRPOTrainer`", "learn_trl_current", "trl_current", {"method": "grpo"}),
     "lmppo": System("lmppo", "learn_lmppo", "lmppo"),
 }
-RATES, PRICES = (1e-4, 3e-4, 1e-3), (0.3, 0.5, 1.0)
-PRICE = 0.5  # of the curves
+RATES = (1e-4, 3e-4, 1e-3)
+PRICES = {"chain": (0.3, 0.5, 1.0), "review": (0.03, 0.1)}
 SIZES = (1, 4, 16, 64, 256)
 NATS = (2.0, 4.0, 6.0)
-SMOKE = Task(
+SMOKE = Chain(
     vocab=8, length=4, width=16, heads=2, layers=1, pretraining=20, iterations=2, batch=8, minibatch=4, group=4
 )
 Run = dict[str, Any]
@@ -80,13 +84,14 @@ class Setting:
         return f"{self.system}-{self.price:g}-{self.rate:g}-{self.seed}"
 
 
-def measure(policy: Path, reference: Path, task: Task, draws: int = 4) -> dict[str, float]:
+def measure(policy: Path, reference: Path, task: Task, price: float, draws: int = 4) -> dict[str, float]:
     """Mean reward and KL to the reference of a saved policy, over some completions of each of 512 held-out prompts."""
     models = load_model(policy), load_model(reference)
     prompts = torch.tensor(task.prompts(512, HELD_OUT) * draws)
     tokens = sample(models[0], prompts, task.length, torch.Generator().manual_seed(0))
-    rewards, kl = task.rewards(tokens[:, task.prompt :]), kl_along(*models, tokens, task.prompt)
-    return {"reward": rewards.mean().item(), "kl": kl.mean().item(), "objective": (rewards - PRICE * kl).mean().item()}
+    rewards = task.rewards(tokens[:, task.prompt :])
+    kl = torch.cat([kl_along(*models, part, task.prompt) for part in tokens.split(64)])
+    return {"reward": rewards.mean().item(), "kl": kl.mean().item(), "objective": (rewards - price * kl).mean().item()}
 
 
 def perform(setting: Setting, task: Task, args: argparse.Namespace) -> Run:
@@ -97,7 +102,7 @@ def perform(setting: Setting, task: Task, args: argparse.Namespace) -> Run:
         return found
     print(setting.name, file=sys.stderr, flush=True)
     policy = args.folder / setting.name
-    job = {"task": dataclasses.asdict(task), "model": str(args.folder / "model"), "output": str(policy)}
+    job = {"task": task.job, "model": str(args.folder / "model"), "output": str(policy)}
     job |= {"price": setting.price, "learning_rate": setting.rate, "seed": setting.seed, **system.job}
     if setting.system == "lmppo":
         job["settings"] = args.settings
@@ -105,7 +110,7 @@ def perform(setting: Setting, task: Task, args: argparse.Namespace) -> Run:
     result = run_job(system.runner, job, threads=args.threads, python=python, inline=args.smoke)
     if "error" not in result:
         try:
-            result |= measure(policy, args.folder / "model", task)
+            result |= measure(policy, args.folder / "model", task, setting.price)
         except RuntimeError as error:  # a policy whose probabilities are no numbers any more
             result = {"error": str(error)}
     if "error" in result:
@@ -179,8 +184,8 @@ def frontiers(runs: dict[Setting, Run], best: dict[int, float], task: Task) -> d
         groups = [group for price in prices if (group := of_all_seeds(runs, system, price))]
         known[SYSTEMS[system].label] = [{k: mean(r[k] for r in group) for k in ("reward", "kl")} for group in groups]
     known["best of n"] = [{"reward": reward, "kl": kl_of_best(n)} for n, reward in best.items()]
-    known["the optimum"] = [optimum(task, 1.1**i) for i in range(-15, 40)]
-    return known
+    at_best = [task.optimum(1.1**i) for i in range(-15, 40)]
+    return known | ({} if None in at_best else {"the optimum": at_best})
 
 
 def mean(values: Iterable[float]) -> float:
@@ -194,10 +199,11 @@ def cells_of(run: dict[str, float], price: float) -> list[str]:
 
 
 def by_price(runs: dict[Setting, Run], best: dict[int, float], task: Task, args: argparse.Namespace) -> list[list[str]]:
-    """The rows of each price: the optimum, best-of-n, the systems."""
+    """The rows of each price: the optimum where it is known, best-of-n, the systems."""
     rows = []
     for price in args.prices:
-        rows.append([f"{price:g}", "the optimum", "", *cells_of(optimum(task, price), price)])
+        if at_best := task.optimum(price):
+            rows.append([f"{price:g}", "the optimum", "", *cells_of(at_best, price)])
         n = max(best, key=lambda n: best[n] - price * kl_of_best(n))
         rows.append([f"{price:g}", f"best of {n}", "", *cells_of({"reward": best[n], "kl": kl_of_best(n)}, price)])
         for system in args.systems:
@@ -262,7 +268,7 @@ def draw(runs: dict[Setting, Run], best: dict[int, float], task: Task, args: arg
     left.set(title="reward against KL, held-out prompts", xlabel="KL to the reference (nats)", ylabel="reward")
     left.set_xlim(left=0)
     left.legend(fontsize="small")
-    price = PRICE if PRICE in args.prices else args.prices[0]
+    price = args.prices[(len(args.prices) - 1) // 2]  # the middle one
     for system in args.systems:
         if group := of_all_seeds(runs, system, price):
             objective = curve_of(group, lambda row: row["reward"] - price * row["kl"])
@@ -271,7 +277,8 @@ def draw(runs: dict[Setting, Run], best: dict[int, float], task: Task, args: arg
             for axis, x in zip(others, (samples, seconds), strict=True):
                 axis.plot(x, objective, label=SYSTEMS[system].label.replace("`", ""))
     for axis, title in zip(others, ("samples", "seconds"), strict=True):
-        axis.axhline(optimum(task, price)["objective"], color="k", label="the optimum")
+        if at_best := task.optimum(price):
+            axis.axhline(at_best["objective"], color="k", label="the optimum")
         axis.set(title=f"reward - {price:g} * KL against {title}, while training", xlabel=title, ylabel="objective")
     for axis in (left, *others):
         axis.grid(alpha=0.3)
@@ -284,7 +291,7 @@ def prepare(task: Task, args: argparse.Namespace) -> dict[int, float]:
     args.folder.mkdir(parents=True, exist_ok=True)
     kept, model = args.folder / "best-of-n.json", args.folder / "model"
     if not kept.exists():
-        make_model(task, model)
+        task.make_model(model)
         sizes, prompts = (SIZES[:2], 4) if args.smoke else (SIZES, 256)
         kept.write_text(json.dumps(best_of(load_model(model), task, sizes, prompts)) + "\n")
     return {int(n): reward for n, reward in json.loads(kept.read_text()).items()}
@@ -294,21 +301,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--prices", nargs="+", type=float, default=list(PRICES), help="of a nat of KL")
+    parser.add_argument("--task", choices=PRICES, default="chain")
+    parser.add_argument("--prices", nargs="+", type=float, help="of a nat of KL")
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a run")
     parser.add_argument("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="further settings of lmppo")
-    parser.add_argument("--folder", type=Path, default=RESULTS / "learn", help="where the runs are kept")
+    parser.add_argument("--folder", type=Path, help="where the runs are kept")
     parser.add_argument(
         "--venvs", type=Path, default=RESULTS / "venvs", help="where trl's environments are or are made"
     )
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/learn.png"))
+    parser.add_argument("--picture", type=Path)
     parser.add_argument("--markdown", type=Path, help="the page whose tables are replaced")
     parser.add_argument("--smoke", action="store_true", help="a tiny task and lmppo alone, in this process")
     args = parser.parse_args(argv)
     args.settings = {name: yaml.safe_load(value) for name, value in (s.split("=", 1) for s in args.settings)}
+    args.name = "learn" if args.task == "chain" else f"learn-{args.task}"
+    args.prices = args.prices or list(PRICES[args.task])
+    args.folder = args.folder or RESULTS / args.name
+    args.picture = args.picture or Path(f"docs/images/{args.name}.png")
     if args.smoke:
         args.systems, args.seeds = ["lmppo"], args.seeds[:2]
         args.prices, args.rates = args.prices[:2], args.rates[:2]
@@ -322,13 +334,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     args.folder = args.folder.absolute()
-    task = SMOKE if args.smoke else Task()
+    task = SMOKE if args.smoke else Chain() if args.task == "chain" else Reviews(folder=str(args.folder))
     best = prepare(task, args)
     runs = perform_all(task, args)
     draw(runs, best, task, args)
     kept = [{**dataclasses.asdict(setting), **run} for setting, run in runs.items()]
-    result = {"task": dataclasses.asdict(task), "best of n": best, "runs": kept}
-    write("learn", result, markdown(runs, best, task, args), args.markdown)
+    result = {"task": task.job, "best of n": best, "runs": kept}
+    write(args.name, result, markdown(runs, best, task, args), args.markdown)
 
 
 if __name__ == "__main__":

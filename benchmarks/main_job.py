@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from best_of_n import COLUMNS, CONFIG, REFERENCE, ROOT, held_out, job, judge, measure
+from best_of_n import COLUMNS, CONFIG, REFERENCE, ROOT, job, judge, measure, prompts_of
 from learn import at
 from measuring import RESULTS, default_threads, origin, spread, table, write
 from transformers import AutoModelForCausalLM
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs += [(args.seeds[0], run, ["--kl_coef", str(price)]) for price, run in priced.items()]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: train(*job[:2], args.threads, [*shlex.split(args.flags), *job[2]]), jobs))
-    prompts = held_out(args.prompts)
+    prompts = prompts_of("evaluation", args.prompts)
     best = best_of(args.sizes, prompts, RESULTS / f"best-of-{'-'.join(map(str, args.sizes))}.json")
     curves = {seed: curve(run) for seed, run in runs.items()}
     rows: dict[int, Any] = {seed: judged(run / "final", prompts, args.draws) for seed, run in runs.items()}

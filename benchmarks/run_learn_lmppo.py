@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 import torch
-from chain_task import TRAINING, Curve, Task, load_model, make_tokenizer
+from learn_task import TRAINING, Curve, load_model, make_tokenizer, task_of
 
 from lmppo import PPOConfig, PPOTrainer
 
@@ -16,7 +16,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     They may be such that the number of optimizer steps is another.
     """
-    task = Task(**job["task"])
+    task = task_of(job["task"])
     policy, curve = load_model(job["model"]), Curve(task, job["model"])
 
     def reward(ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:

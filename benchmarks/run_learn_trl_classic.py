@@ -9,13 +9,13 @@ import sys
 from typing import Any
 
 import torch
-from chain_task import TRAINING, Curve, Task, load_model, make_tokenizer
+from learn_task import TRAINING, Curve, load_model, make_tokenizer, task_of
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The curve's result of a job."""
-    task = Task(**job["task"])
+    task = task_of(job["task"])
     torch.manual_seed(job["seed"])
     policy, curve = load_model(job["model"]), Curve(task, job["model"])
     models = [

@@ -15,8 +15,8 @@ import tempfile
 from typing import Any
 
 import torch
-from chain_task import TRAINING, Curve, Task, load_model, make_tokenizer
 from datasets import Dataset
+from learn_task import TRAINING, Curve, load_model, make_tokenizer, task_of
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 METHODS = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}
@@ -24,7 +24,7 @@ METHODS = {"rloo": (RLOOConfig, RLOOTrainer), "grpo": (GRPOConfig, GRPOTrainer)}
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The curve's result of a job, whose ``method`` is a name in ``METHODS``."""
-    task = Task(**job["task"])
+    task = task_of(job["task"])
     policy, curve = load_model(job["model"]), Curve(task, job["model"])
 
     def reward(ids: list[list[int]], completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from chain_task import TRAINING, Curve, Task, load_model, make_tokenizer
 from datasets import Dataset
+from learn_task import TRAINING, Curve, load_model, make_tokenizer, task_of
 from torch import Tensor, nn
-from transformers import LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
 
@@ -51,10 +51,10 @@ class Rewards(nn.Module):
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """The curve's result of a job."""
-    task = Task(**job["task"])
+    task = task_of(job["task"])
     torch.manual_seed(job["seed"])
     policy, reference, curve = load_model(job["model"]), load_model(job["model"]), Curve(task, job["model"])
-    critic = LlamaForSequenceClassification.from_pretrained(job["model"], num_labels=1)
+    critic = AutoModelForSequenceClassification.from_pretrained(job["model"], num_labels=1)
     config = PPOConfig(
         output_dir=tempfile.mkdtemp(),
         learning_rate=job["learning_rate"],

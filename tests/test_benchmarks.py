@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from lmppo import PPOConfig, PPOTrainer
 from lmppo.prompts import load_tokenizer
@@ -279,7 +279,7 @@ def test_the_environments_of_the_others_are_made_once(tmp_path, monkeypatch):
 
 @pytest.fixture
 def chain():
-    return module("chain_task").Task(**CHAIN)
+    return module("chain_task").Chain(**CHAIN)
 
 
 def every(number, vocab):
@@ -315,7 +315,7 @@ def test_the_optimum_is_that_of_all_completions(chain, price):
     reward = (start.view(of_prompt) * best * rewards.view(of_prompt)).sum().item()
     kl = (start.view(of_prompt) * best * (best.log() - rest.log().view(of_prompt))).sum().item()
     expected = {"objective": reward - price * kl, "kl": kl, "reward": reward}
-    assert module("chain_task").optimum(chain, price) == pytest.approx(expected, abs=1e-5)
+    assert chain.optimum(price) == pytest.approx(expected, abs=1e-5)
     other = (logits + 0.1 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))).softmax(dim=1)
     gain = rewards.view(of_prompt) - price * (other.log() - rest.log().view(of_prompt))
     assert (start.view(of_prompt) * other * gain).sum().item() < expected["objective"]
@@ -323,9 +323,8 @@ def test_the_optimum_is_that_of_all_completions(chain, price):
 
 def models_of(chain, folder):
     """The chain's model, and another one."""
-    chain_task = module("chain_task")
-    chain_task.make_model(chain, folder / "model")
-    model, other = (chain_task.load_model(folder / "model") for _ in range(2))
+    chain.make_model(folder / "model")
+    model, other = (module("learn_task").load_model(folder / "model") for _ in range(2))
     with torch.no_grad():
         other.lm_head.weight.mul_(-20.0)
     return model, other
@@ -343,21 +342,21 @@ def test_the_kl_along_samples_is_that_of_all_completions(chain, tmp_path):
     reference, model = models_of(chain, tmp_path)
     tokens, new = completions_of(model, chain)
     _, old = completions_of(reference, chain)
-    along = module("chain_task").kl_along(model, reference, tokens, chain.prompt).double()
+    along = module("learn_task").kl_along(model, reference, tokens, chain.prompt).double()
     expected = (new * (new / old).log()).sum().item()
     assert (new * along).sum().item() == pytest.approx(expected, abs=1e-4) and expected > 0.1
 
 
 def test_best_of_n_is_the_mean_of_the_largest(chain, tmp_path):
     """Against the distribution of all completions: P(the largest <= r) = P(one <= r)^n. 0.06: four standard errors."""
-    chain_task = module("chain_task")
+    learn_task = module("learn_task")
     _, model = models_of(chain, tmp_path)
     tokens, probabilities = completions_of(model, chain)
     n_prompts = 2500
-    found = chain_task.best_of(model, chain, [1, 4], n_prompts)
+    found = learn_task.best_of(model, chain, [1, 4], n_prompts)
     rewards = chain.rewards(tokens[:, chain.prompt :]).double()
     expected = {1: 0.0, 4: 0.0}
-    for prompt in chain.prompts(n_prompts, chain_task.HELD_OUT):
+    for prompt in chain.prompts(n_prompts, learn_task.HELD_OUT):
         rows = (tokens[:, : chain.prompt] == torch.tensor(prompt)).all(dim=1)
         ordered, at = rewards[rows].sort()
         for n in expected:
@@ -367,7 +366,7 @@ def test_best_of_n_is_the_mean_of_the_largest(chain, tmp_path):
 
 
 def test_one_prompt_and_seed_give_one_task(chain):
-    again = module("chain_task").Task(**CHAIN)
+    again = module("chain_task").Chain(**CHAIN)
     assert torch.equal(again.transitions, chain.transitions) and torch.equal(again.scores, chain.scores)
     assert again.prompts(5, 3) == chain.prompts(5, 3) != chain.prompts(5, 4)
 
@@ -375,24 +374,60 @@ def test_one_prompt_and_seed_give_one_task(chain):
 @pytest.mark.parametrize("method", ["rloo", "grpo", None], ids=str)
 def test_a_run_has_the_samples_and_steps_of_the_task(method, tmp_path):
     """That of another version of trl is checked where it runs: a run with other numbers fails."""
-    chain_task = module("chain_task")
-    task = chain_task.Task(**CHAIN, **RUN)
-    chain_task.make_model(task, tmp_path / "model")
-    job = {"task": {**CHAIN, **RUN}, "model": str(tmp_path / "model"), "output": str(tmp_path / "policy")}
+    task = module("chain_task").Chain(**CHAIN, **RUN)
+    task.make_model(tmp_path / "model")
+    job = {"task": task.job, "model": str(tmp_path / "model"), "output": str(tmp_path / "policy")}
     job |= {"price": 0.5, "learning_rate": 1e-3, "seed": 0, "method": method}
     result = module("run_learn_trl_current" if method else "run_learn_lmppo").run(job)
     assert result["samples"] == 8 and result["optimizer_steps"] == 8 and len(result["curve"]) == 2
     assert result["curve"][0]["kl"] == pytest.approx(0.0, abs=1e-6) and result["curve"][1]["kl"] > 1e-6
     assert result["curve"][0]["seconds"] < result["curve"][1]["seconds"] < result["seconds"]
-    measured = module("learn").measure(tmp_path / "policy", tmp_path / "model", task)
+    measured = module("learn").measure(tmp_path / "policy", tmp_path / "model", task, 0.5)
     assert measured["kl"] > 1e-6
     assert measured["objective"] == pytest.approx(measured["reward"] - 0.5 * measured["kl"], abs=1e-5)
 
 
+@pytest.fixture
+def reviews(tmp_path):
+    task = module("review_task").Reviews(folder=str(tmp_path), length=5, **RUN)
+    task.make_model(tmp_path / "model")
+    return task
+
+
+def test_the_reviews_are_the_main_jobs(reviews, tmp_path):
+    """Its policy, in float32; its prompts, held-out ones apart; VADER's score of the text that its tokenizer gives."""
+    learn_task, policy = module("learn_task"), module("review_task").POLICY
+    kept, shipped = learn_task.load_model(tmp_path / "model"), AutoModelForCausalLM.from_pretrained(policy)
+    assert kept.dtype == torch.float32
+    assert all(torch.equal(p, q.float()) for p, q in zip(kept.parameters(), shipped.parameters(), strict=True))
+    training, held_out = (reviews.prompts(3000, seed) for seed in (learn_task.TRAINING, learn_task.HELD_OUT))
+    assert {len(ids) for ids in training + held_out} == {8}
+    shared = {tuple(ids) for ids in training} & {tuple(ids) for ids in held_out}
+    assert len(shared) < 0.01 * len(training)
+    tokenizer, texts = (
+        AutoTokenizer.from_pretrained(policy),
+        [" a wonderful film", " dull, bad and boring", " the film"],
+    )
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    found = [reviews.rewards(torch.tensor([row])).item() for row in ids]
+    assert found == pytest.approx(load("lexicon")(prompts=texts, completions=texts, completion_ids=ids))
+    assert found[0] > 0.5 > -0.5 > found[1] and found[2] == 0
+
+
+@pytest.mark.parametrize("method", ["rloo", None], ids=str)
+def test_a_run_on_reviews(method, reviews, tmp_path):
+    job = {"task": reviews.job, "model": str(tmp_path / "model"), "output": str(tmp_path / "policy")}
+    job |= {"price": 0.03, "learning_rate": 1e-3, "seed": 0, "method": method}
+    result = module("run_learn_trl_current" if method else "run_learn_lmppo").run(job)
+    assert result["samples"] == 8
+    assert result["curve"][0]["kl"] == pytest.approx(0.0, abs=1e-5) and result["curve"][1]["kl"] > 1e-5
+    measured = module("learn").measure(tmp_path / "policy", tmp_path / "model", reviews, 0.03, draws=1)
+    assert measured["kl"] > 1e-6 and -1 <= measured["reward"] <= 1
+
+
 def test_a_run_with_other_samples_or_steps_fails(chain, tmp_path):
-    chain_task = module("chain_task")
-    chain_task.make_model(chain, tmp_path / "model")
-    curve = chain_task.Curve(chain, str(tmp_path / "model"))
+    chain.make_model(tmp_path / "model")
+    curve = module("learn_task").Curve(chain, str(tmp_path / "model"))
     curve.start()
     with pytest.raises(RuntimeError, match=r"were \(0, 0\); expected \(60, 960\)"):
         curve.result(curve.policy, str(tmp_path / "policy"))

@@ -98,7 +98,9 @@ def test_it_runs_for_the_counted_tokens(family, line_length):
 
 
 def test_under_an_adapter():
-    model = randomised(get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")))
+    model = randomised(
+        get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
+    )
     language_model = LanguageModel(model.eval())
     counts = seen_by(last_linear(model.get_base_model()).base_layer)
     found, gradients = numbers_and_gradients(model, lambda: language_model.read(tokens()).hidden)
