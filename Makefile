@@ -36,9 +36,10 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/startup.py --markdown docs/speed.md
 	$(BIN)/python benchmarks/memory.py --markdown docs/memory.md
 
-# About an hour; runs that are there already are not repeated. See docs/results.md.
+# Several hours, the first task one of them; runs that are there already are not repeated. See docs/results.md.
 learn: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/learn.py --markdown docs/results.md $(ARGS)
+	$(BIN)/python benchmarks/learn.py --task review --markdown docs/results.md $(ARGS)
 
 setup: $(VENV)/.installed-test
 

@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from best_of_n import job, kl_bound, prompts_of
+from best_of_n import REFERENCE, job, kl_bound, prompts_of
 from best_of_n import measure as best_of_n
 from chain_task import Chain
 from learn import SMOKE, measure, prepare, settings_of_lmppo
@@ -33,6 +33,7 @@ NO_CRITIC = {"estimator": "rewards_to_go"}
 RATE_OF_BEFORE, CLIP_OF_BEFORE = {"critic_learning_rate": RATE}, {"value_clip_range": 0.2}
 UNLIMITED = {"target_kl": 0.0}
 BEFORE = RATE_OF_BEFORE | CLIP_OF_BEFORE | UNLIMITED | {"lr_scheduler_type": "constant", "lam": 0.95}
+OWN_CRITIC = "own_critic"  # is no setting: a critic that starts from the policy, with a head of zeros
 VARIANTS: dict[str, dict[str, Any]] = {
     "the defaults": {},
     "the defaults of before": BEFORE,
@@ -46,6 +47,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lam 0.98, kl_form k1_end": {"lam": 0.98, "kl_form": "k1_end"},
     "kl_form exact_both": {"kl_form": "exact_both"},
     "kl_form k3_both": {"kl_form": "k3_both"},
+    "a critic of its own": {OWN_CRITIC: True},
+    "a critic of its own, lam 0.95": {OWN_CRITIC: True, "lam": 0.95},
     "vf_coef 0.01": {"vf_coef": 0.01},
     "vf_coef 1": {"vf_coef": 1.0},
     "8 epochs of the critic": {"critic_epochs": 8},
@@ -87,7 +90,8 @@ def chain(task: Chain, settings: dict[str, Any], seed: int, folder: Path, args: 
     """One run of a chain task."""
     model = folder_of(task, args) / "model"
     run = {"task": task.job, "model": str(model), "output": str(folder)}
-    run |= {"price": PRICE, "learning_rate": RATE, "seed": seed, "settings": settings}
+    run |= {"price": PRICE, "learning_rate": RATE, "seed": seed, "settings": only_settings(settings)}
+    run |= {"critic": str(model)} if OWN_CRITIC in settings else {}
     result = run_job("learn_lmppo", run, threads=args.threads, python=sys.executable, inline=args.smoke)
     if "error" in result:
         raise RuntimeError(f"{folder.name}: {result['error']}")
@@ -103,7 +107,8 @@ def lexicon(settings: dict[str, Any], seed: int, folder: Path, args: argparse.Na
     """One run of the recipe, which ends with an evaluation on held-out prompts."""
     flags = (
         LEXICON
-        | settings
+        | ({"critic_model_name_or_path": REFERENCE} if OWN_CRITIC in settings else {})
+        | only_settings(settings)
         | {"seed": seed, "output_dir": folder, "cpu_threads": args.threads}
         | ({"max_steps": 1} if args.smoke else {})
     )
@@ -119,6 +124,11 @@ def lexicon(settings: dict[str, Any], seed: int, folder: Path, args: argparse.Na
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     reward, kl = rows[-1]["eval_reward"], rows[-1]["eval_kl_to_ref"]
     return {"reward": reward, "kl": kl, "objective": reward - LEXICON_PRICE * kl} | explained(rows)
+
+
+def only_settings(variant: dict[str, Any]) -> dict[str, Any]:
+    """What a variant changes in the configuration."""
+    return {name: value for name, value in variant.items() if name != OWN_CRITIC}
 
 
 def explained(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -154,7 +164,7 @@ def perform(variant: str, seed: int, args: argparse.Namespace) -> dict[str, Any]
     """The numbers of a run, from its file if it is there."""
     settings, task = VARIANTS[variant], args.task
     name = "-".join([task.replace(" ", "_"), *(f"{key}={value}" for key, value in settings.items()), str(seed)])
-    kept, whole = args.folder / f"{name}.json", settings_of_lmppo(settings)
+    kept, whole = args.folder / f"{name}.json", settings_of_lmppo(only_settings(settings))
     if not kept.exists() or json.loads(kept.read_text()).get("settings") != whole:
         print(f"{task}: {variant}, seed {seed}", file=sys.stderr, flush=True)
         result = TASKS[task](settings, seed, (args.folder / name).absolute(), args)

@@ -60,7 +60,7 @@ SYSTEMS = {
     "lmppo": System("lmppo", "learn_lmppo", "lmppo"),
 }
 RATES = (1e-4, 3e-4, 1e-3)
-PRICES = {"chain": (0.3, 0.5, 1.0), "review": (0.03, 0.1)}
+PRICES = {"chain": (0.3, 0.5, 1.0), "review": (0.03,)}
 SIZES = (1, 4, 16, 64, 256)
 NATS = (2.0, 4.0, 6.0)
 SMOKE = Chain(
@@ -228,12 +228,14 @@ def by_rate(runs: dict[Setting, Run], args: argparse.Namespace) -> list[list[str
 
 
 def markdown(runs: dict[Setting, Run], best: dict[int, float], task: Task, args: argparse.Namespace) -> str:
-    """The three tables, and where they come from."""
+    """The tables, and where they come from."""
     header = ["price", "system", "learning rate", "reward", "KL", "objective", "seconds"]
     parts = [table(header, by_price(runs, best, task, args))]
-    curves = {name: [{"reward": best[1], "kl": 0.0}, *points] for name, points in frontiers(runs, best, task).items()}
-    rows = [[name, *(at(nats, points) for nats in NATS)] for name, points in curves.items()]
-    parts.append(table(["reward at a KL of", *(f"{nats:g} nats" for nats in NATS)], rows))
+    if len(args.prices) > 1:
+        known = frontiers(runs, best, task)
+        curves = {name: [{"reward": best[1], "kl": 0.0}, *points] for name, points in known.items()}
+        rows = [[name, *(at(nats, points) for nats in NATS)] for name, points in curves.items()]
+        parts.append(table(["reward at a KL of", *(f"{nats:g} nats" for nats in NATS)], rows))
     columns = [f"{price:g}, {rate:g}" for price in args.prices for rate in args.rates]
     parts.append(table(["objective at price, learning rate", *columns], by_rate(runs, args)))
     seeds = ", ".join(map(str, args.seeds))

@@ -12,9 +12,10 @@ from lmppo import PPOConfig, PPOTrainer
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """The curve's result of a job, and what its critic explained; ``settings`` of the job are further ones of lmppo.
+    """The curve's result of a job, and what its critic explained.
 
-    They may be such that the number of optimizer steps is another.
+    ``settings`` of the job are further ones of lmppo, which may be such that the number of optimizer steps is another;
+    ``critic`` is the model that a critic of its own starts from.
     """
     task = task_of(job["task"])
     policy, curve = load_model(job["model"]), Curve(task, job["model"])
@@ -42,6 +43,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         args=PPOConfig(**(config | job.get("settings", {}))),
         train_dataset=[{"prompt": ids, "ids": ids} for ids in task.prompts(task.samples, TRAINING)],
         processing_class=make_tokenizer(task),
+        critic=job.get("critic"),
     )
     curve.start()
     trainer.train()

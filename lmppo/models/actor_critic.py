@@ -18,7 +18,7 @@ from lmppo.models.activations import use_fused_gelu
 from lmppo.models.chunks import OfLogits
 from lmppo.models.decoder import Decoder, needs_step_masks
 from lmppo.models.graphs import GraphedDecoder, check_graphs
-from lmppo.models.inputs import Aligned, Positions, inputs_of, takes
+from lmppo.models.inputs import Aligned, Positions, inputs_of, pick, takes
 from lmppo.models.language_model import LanguageModel
 from lmppo.models.last_layer import LastLayer
 from lmppo.models.probe import (
@@ -190,7 +190,7 @@ class ActorCritic(nn.Module):
             return self.values_of(self._value_reader.read(tokens).hidden)
         aligned = Aligned.of(tokens)
         with self._critic_last_layer.reading(aligned):
-            return self._critic_everywhere(aligned)[aligned.lines, aligned.columns].unsqueeze(0)
+            return pick(self._critic_everywhere(aligned), aligned.lines, aligned.columns)
 
     def _critic_everywhere(self, aligned: Aligned) -> Tensor:
         """``(L, W, K)`` values of the states after each token of aligned rows."""
@@ -199,7 +199,7 @@ class ActorCritic(nn.Module):
     def _critic_states(self, aligned: Aligned) -> Outputs:
         """The critic's hidden states of the counted tokens: a new head gives 0 for whatever they are."""
         out = self.critic(**inputs_of(aligned, self._critic_positions), output_hidden_states=True)
-        return [out.hidden_states[-1][aligned.lines, aligned.columns].unsqueeze(0)]
+        return [pick(out.hidden_states[-1], aligned.lines, aligned.columns)]
 
 
 def _freeze_beyond(trunk: nn.Module | None, model: nn.Module) -> None:

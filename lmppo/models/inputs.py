@@ -132,6 +132,11 @@ class Aligned:
         return cls(ids, layout, layout.line[counted], columns, layout.start + lengths - 1)
 
 
+def pick(numbers: Tensor, lines: Tensor, columns: Tensor) -> Tensor:
+    """``(1, N, ...)`` what stands in N places of ``(L, W, ...)``; its backward pass is much faster than that of indexing."""
+    return numbers.flatten(0, 1).index_select(0, lines * numbers.shape[1] + columns).unsqueeze(0)
+
+
 def inputs_of(aligned: Aligned, positions: Positions) -> dict[str, Any]:
     """The arguments of a model's forward pass over aligned rows ``(L, W)``.
 

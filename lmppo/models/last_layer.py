@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lmppo.models.exchange import exchanged
-from lmppo.models.inputs import Aligned, base_of
+from lmppo.models.inputs import Aligned, base_of, pick
 from lmppo.models.probe import Outputs, excess, probe_tokens
 
 
@@ -52,8 +52,8 @@ class LastLayer:
         forward = part.forward
 
         def run(*inputs: Tensor) -> Tensor:
-            answer = forward(*(x[places].unsqueeze(0) for x in inputs))
-            return answer.new_zeros(*inputs[0].shape[:2], answer.shape[-1]).index_put(places, answer[0])
+            answer = forward(*(pick(x, *places) for x in inputs))
+            return answer.new_zeros(*inputs[0].shape[:2], answer.shape[-1]).index_put_(places, answer[0])
 
         with exchanged({part: run}):
             yield

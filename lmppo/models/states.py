@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lmppo.models.inputs import pick
+
 
 @dataclass(frozen=True)
 class States:
@@ -45,5 +47,5 @@ class States:
 
     def at(self, rows: Tensor, columns: Tensor) -> "States":
         """N states as one row, ``(1, N, ...)``."""
-        picked = [None if x is None else x[rows, columns].unsqueeze(0) for x in (self.hidden, self.logits)]
+        picked = [None if x is None else pick(x, rows, columns) for x in (self.hidden, self.logits)]
         return States(*picked)
