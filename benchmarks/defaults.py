@@ -91,7 +91,7 @@ def chain(task: Chain, settings: dict[str, Any], seed: int, folder: Path, args: 
     model = folder_of(task, args) / "model"
     run = {"task": task.job, "model": str(model), "output": str(folder)}
     run |= {"price": PRICE, "learning_rate": RATE, "seed": seed, "settings": only_settings(settings)}
-    run |= {"critic": str(model)} if OWN_CRITIC in settings else {}
+    run[OWN_CRITIC] = OWN_CRITIC in settings
     result = run_job("learn_lmppo", run, threads=args.threads, python=sys.executable, inline=args.smoke)
     if "error" in result:
         raise RuntimeError(f"{folder.name}: {result['error']}")

@@ -44,12 +44,14 @@ class System:
         runner: Its script, ``run_<runner>.py``.
         venv: Its environment.
         job: What the script is told besides.
+        settings: Settings of lmppo that are not the defaults.
     """
 
     label: str
     runner: str
     venv: str
     job: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 SYSTEMS = {
@@ -58,6 +60,9 @@ SYSTEMS = {
     "rloo": System("trl 1.16.0, `RLOOTrainer`", "learn_trl_current", "trl_current", {"method": "rloo"}),
     "grpo": System("trl 1.16.0, `GRPOTrainer`", "learn_trl_current", "trl_current", {"method": "grpo"}),
     "lmppo": System("lmppo", "learn_lmppo", "lmppo"),
+    "lmppo_critic": System(
+        "lmppo, a critic of its own, `lam` 0.95", "learn_lmppo", "lmppo", {"own_critic": True}, {"lam": 0.95}
+    ),
 }
 RATES = (1e-4, 3e-4, 1e-3)
 PRICES = {"chain": (0.3, 0.5, 1.0), "review": (0.03,)}
@@ -97,15 +102,16 @@ def measure(policy: Path, reference: Path, task: Task, price: float, draws: int 
 def perform(setting: Setting, task: Task, args: argparse.Namespace) -> Run:
     """The result of a setting, from its file if it is there; one that failed has ``error`` and is not kept."""
     kept, system = args.folder / f"{setting.name}.json", SYSTEMS[setting.system]
-    settings = settings_of_lmppo(args.settings) if setting.system == "lmppo" else {}
+    ours = {**system.settings, **args.settings} if system.venv == "lmppo" else None
+    settings = {} if ours is None else settings_of_lmppo(ours)
     if kept.exists() and (found := json.loads(kept.read_text()))["settings"] == settings:
         return found
     print(setting.name, file=sys.stderr, flush=True)
     policy = args.folder / setting.name
     job = {"task": task.job, "model": str(args.folder / "model"), "output": str(policy)}
     job |= {"price": setting.price, "learning_rate": setting.rate, "seed": setting.seed, **system.job}
-    if setting.system == "lmppo":
-        job["settings"] = args.settings
+    if ours is not None:
+        job["settings"] = ours
     python = python_of(system.venv, args.venvs)
     result = run_job(system.runner, job, threads=args.threads, python=python, inline=args.smoke)
     if "error" not in result:

@@ -15,7 +15,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     """The curve's result of a job, and what its critic explained.
 
     ``settings`` of the job are further ones of lmppo, which may be such that the number of optimizer steps is another;
-    ``critic`` is the model that a critic of its own starts from.
+    with ``own_critic`` the critic is a model of its own that starts from the policy.
     """
     task = task_of(job["task"])
     policy, curve = load_model(job["model"]), Curve(task, job["model"])
@@ -43,7 +43,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         args=PPOConfig(**(config | job.get("settings", {}))),
         train_dataset=[{"prompt": ids, "ids": ids} for ids in task.prompts(task.samples, TRAINING)],
         processing_class=make_tokenizer(task),
-        critic=job.get("critic"),
+        critic=job["model"] if job.get("own_critic") else None,
     )
     curve.start()
     trainer.train()

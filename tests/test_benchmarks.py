@@ -418,7 +418,7 @@ def test_the_reviews_are_the_main_jobs(reviews, tmp_path):
 def test_a_run_on_reviews(method, reviews, tmp_path):
     job = {"task": reviews.job, "model": str(tmp_path / "model"), "output": str(tmp_path / "policy")}
     job |= {"price": 0.03, "learning_rate": 1e-3, "seed": 0}
-    job |= {"method": method} if method else {"critic": str(tmp_path / "model")}
+    job |= {"method": method} if method else {"own_critic": True}
     result = module("run_learn_trl_current" if method else "run_learn_lmppo").run(job)
     assert result["samples"] == 8
     assert result["curve"][0]["kl"] == pytest.approx(0.0, abs=1e-5) and result["curve"][1]["kl"] > 1e-5
