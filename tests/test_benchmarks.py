@@ -412,13 +412,25 @@ def test_the_reviews_are_the_main_jobs(reviews, tmp_path):
     found = [reviews.rewards(torch.tensor([row])).item() for row in ids]
     assert found == pytest.approx(load("lexicon")(prompts=texts, completions=texts, completion_ids=ids))
     assert found[0] > 0.5 > -0.5 > found[1] and found[2] == 0
+    width = min(len(row) for row in ids)
+    batch = torch.tensor([row[-width:] for row in ids])
+    assert reviews.rewards(batch).tolist() == [reviews.rewards(row[None]).item() for row in batch]
+    assert len(set(reviews.rewards(batch).tolist())) > 1
+
+
+def test_a_run_may_have_a_critic_of_its_own(reviews, tmp_path, monkeypatch):
+    runner, made = module("run_learn_lmppo"), []
+    monkeypatch.setattr(runner, "PPOTrainer", lambda **arguments: made.append(PPOTrainer(**arguments)) or made[-1])
+    job = {"task": reviews.job, "model": str(tmp_path / "model"), "output": str(tmp_path / "policy")}
+    for own_critic in (True, False):
+        runner.run(job | {"price": 0.03, "learning_rate": 1e-3, "seed": 0, "own_critic": own_critic})
+    assert [trainer.actor_critic.critic is not None for trainer in made] == [True, False]
 
 
 @pytest.mark.parametrize("method", ["rloo", None], ids=str)
 def test_a_run_on_reviews(method, reviews, tmp_path):
     job = {"task": reviews.job, "model": str(tmp_path / "model"), "output": str(tmp_path / "policy")}
-    job |= {"price": 0.03, "learning_rate": 1e-3, "seed": 0}
-    job |= {"method": method} if method else {"own_critic": True}
+    job |= {"price": 0.03, "learning_rate": 1e-3, "seed": 0, "method": method}
     result = module("run_learn_trl_current" if method else "run_learn_lmppo").run(job)
     assert result["samples"] == 8
     assert result["curve"][0]["kl"] == pytest.approx(0.0, abs=1e-5) and result["curve"][1]["kl"] > 1e-5

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lmppo.models.exchange import exchanged
-from lmppo.models.inputs import base_of, kind_of
-from lmppo.models.last_layer import stack_of
+from lmppo.models.inputs import base_of, kind_of, stack_of
 from lmppo.models.probe import UnsupportedModelError
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmppo.groups import pack_lines
 from lmppo.records import Tokens
@@ -154,6 +154,12 @@ def inputs_of(aligned: Aligned, positions: Positions) -> dict[str, Any]:
 def base_of(model: Any) -> Any:
     """The model within an adapter, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def stack_of(base: Any) -> nn.ModuleList | None:
+    """The list of a model's layers, if it has one."""
+    n_layers = getattr(base.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    return next((m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers), None)
 
 
 def takes(model: Any, argument: str) -> bool:

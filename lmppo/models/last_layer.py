@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lmppo.models.exchange import exchanged
-from lmppo.models.inputs import Aligned, base_of, pick
+from lmppo.models.inputs import Aligned, base_of, pick, stack_of
 from lmppo.models.probe import Outputs, excess, probe_tokens
 
 
@@ -57,9 +57,3 @@ class LastLayer:
 
         with exchanged({part: run}):
             yield
-
-
-def stack_of(base: Any) -> nn.ModuleList | None:
-    """The list of a model's layers, if it has one."""
-    n_layers = getattr(base.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    return next((m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers), None)
