@@ -79,6 +79,7 @@ class Measured:
         work: The workload.
         iterations: Counted iterations, after one to warm up.
         device: ``cpu`` or ``cuda``.
+        bf16: Whether products are computed in bfloat16.
         settings: Further settings of the configuration.
         lora: Whether to train a LoRA adapter.
     """
@@ -88,11 +89,12 @@ class Measured:
         work: Workload,
         iterations: int = 3,
         device: str = "cpu",
+        bf16: bool = False,
         settings: dict[str, Any] | None = None,
         lora: bool = False,
     ) -> None:
         self.work, self.iterations = work, 1 + iterations
-        settings = {"use_cpu": device == "cpu", **(settings or {})}
+        settings = {"use_cpu": device == "cpu", "bf16": bf16, **(settings or {})}
         model = make_model(work).to(device)
         if work.unfrozen is not None and any(f.name == "num_layers_unfrozen" for f in dataclasses.fields(PPOConfig)):
             settings["num_layers_unfrozen"] = work.unfrozen

@@ -14,26 +14,27 @@ from workloads import EOS, LEARNING_RATE, Workload, freeze, make_model, make_pro
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """The recorder's result of a job: ``work`` and ``iterations``."""
+    """The recorder's result of a job: ``work``, ``iterations``, ``device`` (``cpu`` or ``cuda``) and ``bf16``."""
     work, iterations = Workload(**job["work"]), job["iterations"]
     tokenizer = make_tokenizer(work, eos_token=EOS, pad_token=EOS)
     tokenizer.padding_side = "left"
     policy = make_model(work)
     freeze(policy, work.unfrozen)
     model, reference = (AutoModelForCausalLMWithValueHead.from_pretrained(m) for m in (policy, make_model(work)))
-    recorder = Recorder()
+    recorder = Recorder(job["device"])
     config = PPOConfig(
         learning_rate=LEARNING_RATE,
         batch_size=work.batch,
         mini_batch_size=work.batch,
         ppo_epochs=work.epochs,
+        accelerator_kwargs={"cpu": job["device"] == "cpu", "mixed_precision": "bf16" if job["bf16"] else "no"},
         remove_unused_columns=False,
     )
     trainer = PPOTrainer(config, model, reference, tokenizer)
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "max_new_tokens": work.length, "pad_token_id": 0}
     if not work.eos_probability:
         sampling["min_new_tokens"] = work.length
-    prompts = [torch.tensor(ids) for ids in make_prompts(work, 1 + iterations)]
+    prompts = [torch.tensor(ids, device=job["device"]) for ids in make_prompts(work, 1 + iterations)]
     for start in range(0, len(prompts), work.batch):
         queries = prompts[start : start + work.batch]
         recorder.start()

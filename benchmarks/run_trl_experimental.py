@@ -42,7 +42,7 @@ class Clock(TrainerCallback):
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """The recorder's result of a job: ``work`` and ``iterations``."""
+    """The recorder's result of a job: ``work``, ``iterations``, ``device`` (``cpu`` or ``cuda``) and ``bf16``."""
     work, iterations = Workload(**job["work"]), job["iterations"]
     tokenizer = make_tokenizer(work, eos_token=EOS)
     tokenizer.padding_side = "left"
@@ -57,7 +57,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     reward_model = GPT2ForSequenceClassification(small)
     for trained in (policy, critic):
         freeze(trained, work.unfrozen)
-    recorder = Recorder()
+    recorder = Recorder(job["device"])
     prompts = make_prompts(work, 1 + iterations)
     config = PPOConfig(
         output_dir=tempfile.mkdtemp(),
@@ -74,8 +74,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         num_sample_generations=0,
         report_to="none",
         save_strategy="no",
-        use_cpu=True,
-        bf16=False,
+        use_cpu=job["device"] == "cpu",
+        bf16=job["bf16"],
         disable_tqdm=True,
     )
     dataset, clock = Dataset.from_dict({"input_ids": prompts}), Clock(recorder, work)

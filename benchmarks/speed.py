@@ -2,11 +2,11 @@ r"""Seconds and memory of an iteration of lmppo, and of trl's two PPO trainers o
 
     python benchmarks/speed.py --rounds 3 --markdown docs/speed.md
     python benchmarks/speed.py --workloads W2 --systems lmppo --settings micro_batch_size=16
-    python benchmarks/speed.py --device cuda --settings bf16=true
+    python benchmarks/speed.py --device cuda --bf16
 
 Every run is a process of its own, and the systems take turns (A B C A B C), so that a machine whose speed drifts slows all
 of them alike; ratios are taken within a round. Beside each figure is the rate of a matrix product between the iterations.
-The first use makes a virtual environment for each version of trl. On a GPU, lmppo is measured alone.
+The first use makes a virtual environment for each version of trl.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from environments import python_of
 from measuring import RESULTS, default_threads, origin, run_job, spread, table, write
-from workloads import WORKLOADS, Workload
+from workloads import GPU_WORKLOADS, WORKLOADS, Workload
 
 NAMES = {
     "lmppo": "lmppo",
@@ -28,6 +28,7 @@ NAMES = {
     "trl_experimental": "trl 1.12.0, `experimental.ppo`",
 }
 SMOKE = {"layers": 1, "width": 16, "heads": 2, "vocab": 64, "batch": 4, "length": 4}
+ALL = WORKLOADS | GPU_WORKLOADS
 PHASES = ("generate", "reference", "update")
 Runs = dict[str, list[dict[str, Any]]]
 
@@ -38,8 +39,9 @@ def measure(work: Workload, systems: Sequence[str], args: argparse.Namespace) ->
     for number in range(args.rounds):
         for system in systems:
             job: dict[str, Any] = {"work": dataclasses.asdict(work), "iterations": args.iterations}
+            job |= {"device": args.device, "bf16": args.bf16}
             if system == "lmppo":
-                job |= {"device": args.device, "settings": args.settings}
+                job["settings"] = args.settings
             print(f"round {number + 1} of {args.rounds}: {system}", file=sys.stderr, flush=True)
             try:
                 python = python_of(system, args.venvs)
@@ -102,11 +104,12 @@ def markdown(results: dict[str, Runs], args: argparse.Namespace) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=ALL, help="default: all (on a CPU, all but W5)")
     parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--rounds", type=int, default=3, help="runs of each system on each workload")
     parser.add_argument("--iterations", type=int, default=3, help="iterations of a run, after one to warm up")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: lmppo alone")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16, in every system")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="further settings of lmppo")
     parser.add_argument(
@@ -118,7 +121,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     args.settings = {name: yaml.safe_load(value) for name, value in (s.split("=", 1) for s in args.settings)}
-    if args.device == "cuda" or args.smoke:
+    args.workloads = args.workloads or list(ALL if args.device == "cuda" else WORKLOADS)
+    if args.smoke:
         args.systems = ["lmppo"]
     return args
 
@@ -128,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     results = {}
     for name in args.workloads:
-        work = WORKLOADS[name]
+        work = ALL[name]
         if args.smoke:
             work = dataclasses.replace(work, **SMOKE, unfrozen=work.unfrozen and 1)
         # The trainer of trl 0.11.4 has no critic of its own.

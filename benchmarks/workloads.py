@@ -65,6 +65,7 @@ WORKLOADS = {
     "W4": Workload(**GPT2_124M, unfrozen=2),
     "W2-critic": Workload(critic=True),
 }
+GPU_WORKLOADS = {"W5": Workload(**GPT2_124M | {"batch": 128, "length": 128})}
 
 
 def make_model(work: Workload) -> GPT2LMHeadModel:
