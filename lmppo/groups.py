@@ -1,11 +1,15 @@
 """Rows in groups that a model reads together, with little padding: of similar length, or packed."""
 
-from itertools import chain
+import math
+from itertools import chain, pairwise
 
 import numpy as np
 
 GROUP_COST = {"cpu": 128, "accelerator": 4096}
 """What a pass over one more group costs, in tokens: accelerators wait for their kernels to be launched."""
+
+MOST_TOKENS = {"cpu": 2048, "accelerator": math.inf}
+"""Tokens of a group, about: a CPU reads more at a time no faster, and keeps more of them for the backward pass."""
 
 
 def length_groups(lengths: list[int], size: int, group_cost: int) -> list[list[int]]:
@@ -59,7 +63,9 @@ def pack_lines(lengths: list[int], line_length: int) -> list[list[int]]:
     return lines
 
 
-def cheapest_groups(lengths: list[int], size: int, group_cost: int, *, packs: bool) -> tuple[list[list[int]], int]:
+def cheapest_groups(
+    lengths: list[int], size: int, group_cost: int, *, packs: bool, most_tokens: float = math.inf
+) -> tuple[list[list[int]], int]:
     """The groups whose passes cost least, and the length of the lines to pack their rows into; 0: they are not packed.
 
     Args:
@@ -67,12 +73,17 @@ def cheapest_groups(lengths: list[int], size: int, group_cost: int, *, packs: bo
         size: How many of the longest rows, or lines, a group may have.
         group_cost: What a pass over one more group costs, in tokens.
         packs: Whether rows can be packed.
+        most_tokens: Of a group, if all have equally many: more rows than that takes are not read together.
     """
+    n_groups = math.ceil(sum(lengths) / most_tokens) or 1
+    size = min(size, math.ceil(len(lengths) / n_groups))
     groups, longest = length_groups(lengths, size, group_cost), max(lengths)
     if not packs:
         return groups, 0
     lines = pack_lines(lengths, longest)
-    packed = [sorted(chain(*lines[i : i + size])) for i in range(0, len(lines), size)]
+    n_packed = math.ceil(len(lines) / size)
+    bounds = [len(lines) * i // n_packed for i in range(n_packed + 1)]
+    packed = [sorted(chain(*lines[slice(*pair)])) for pair in pairwise(bounds)]
     padded = sum(len(group) * max(lengths[row] for row in group) for group in groups)
     saved = padded - len(lines) * longest + group_cost * (len(groups) - len(packed))
     return (packed, longest) if saved > 0 else (groups, 0)

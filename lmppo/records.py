@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmppo.axes import Record, axes
-from lmppo.groups import GROUP_COST, cheapest_groups
+from lmppo.groups import GROUP_COST, MOST_TOKENS, cheapest_groups
 from lmppo.support import Support
 
 
@@ -112,8 +112,10 @@ class TokenRecord(Record):
             packs: Whether the models that read them can read several rows one behind the other.
         """
         read = (self.tokens.attention_mask.sum(dim=1) - 1).clamp(min=1)  # the last token is never read
-        group_cost = GROUP_COST["cpu" if read.device.type == "cpu" else "accelerator"]
-        groups, line_length = cheapest_groups(read.tolist(), size, group_cost, packs=packs)
+        device = "cpu" if read.device.type == "cpu" else "accelerator"
+        groups, line_length = cheapest_groups(
+            read.tolist(), size, GROUP_COST[device], packs=packs, most_tokens=MOST_TOKENS[device]
+        )
         for group in groups:
             rows = torch.tensor(group, device=read.device)
             record = self.rows(rows)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import with_mask
 
-from lmppo.groups import cheapest_groups, length_groups, pack_lines
+from lmppo.groups import MOST_TOKENS, cheapest_groups, length_groups, pack_lines
 from lmppo.records import Experience, Rollout, Tokens, spread
 from lmppo.support import Support, pack
 
@@ -275,3 +275,30 @@ def test_rows_are_packed_where_that_costs_less(size):
             assert all(len(pack_lines([lengths[i] for i in group], line_length)) <= size for group in groups)
         seen.add(line_length > 0)
     assert True in seen and cheapest_groups([40] * 6, size, 10, packs=True)[1] == 0
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_no_more_tokens_are_read_at_a_time_than_pays(packs):
+    def tokens(groups, lengths):
+        return [sum(lengths[row] for row in group) for group in groups]
+
+    equal = [40] * 50
+    groups, _ = cheapest_groups(equal, 50, 10, packs=packs, most_tokens=800)
+    assert sorted(itertools.chain(*groups)) == list(range(50)) and tokens(groups, equal) == [640, 680, 680]
+    assert cheapest_groups(equal, 5, 10, packs=packs, most_tokens=800) == cheapest_groups(equal, 5, 10, packs=packs)
+    assert cheapest_groups(equal, 50, 10, packs=packs, most_tokens=2000) == ([list(range(50))], 0)
+    assert tokens(cheapest_groups([900, 900], 2, 10, packs=packs, most_tokens=800)[0], [900, 900]) == [900, 900]
+    for seed in range(20):
+        lengths = [40, *random_lengths(60, 40, seed)]
+        groups, line_length = cheapest_groups(lengths, 61, 10, packs=packs, most_tokens=400)
+        assert sorted(itertools.chain(*groups)) == list(range(61)) and max(tokens(groups, lengths)) < 1.6 * 400
+        if line_length:
+            counts = [len(pack_lines([lengths[i] for i in group], line_length)) for group in groups]
+            assert max(counts) - min(counts) <= 1, "lines are shared out evenly"
+
+
+def test_a_cpu_reads_few_tokens_at_a_time(monkeypatch):
+    record = make_rollout(prompt=["1" * 10] * 20, completion=["1" * 21] * 20)  # 30 tokens each are read
+    assert [len(rows) for rows, _ in record.micro_batches(20)] == [20]
+    monkeypatch.setitem(MOST_TOKENS, "cpu", 200)
+    assert sorted(len(rows) for rows, _ in record.micro_batches(20)) == [6, 7, 7]

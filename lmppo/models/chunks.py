@@ -15,7 +15,7 @@ from lmppo.models.states import States
 LOGITS_BYTES = 2**27
 """The most memory of one float32 tensor of logits."""
 
-FEW_BYTES, FEW_TOKENS = 2**24, 512
+FEW_BYTES, FEW_TOKENS = 2**23, 512
 """A chunk of either size is small enough: matrix products of fewer tokens take longer for each."""
 
 Sums = dict[str, Tensor]

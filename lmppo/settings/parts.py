@@ -283,8 +283,8 @@ class PassSettings(Settings):
     minibatch_size: int = knob(16, "Completions per optimizer step, over all processes.")
     micro_batch_size: int = knob(
         16,
-        "Completions of the greatest length per forward pass on each process, and more of shorter ones; affects memory "
-        "and speed only.",
+        "The most completions of the greatest length per forward pass on each process, and more of shorter ones; affects "
+        "memory and speed only.",
     )
     target_kl: float | None = knob(
         None,
