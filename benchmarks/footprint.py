@@ -48,7 +48,15 @@ class Setting:
 
 
 def footprint(
-    config: PretrainedConfig, setting: Setting, kept: float, *, batch: int, micro_batch: int, prompt: int, length: int
+    config: PretrainedConfig,
+    setting: Setting,
+    kept: float,
+    *,
+    batch: int,
+    micro_batch: int,
+    prompt: int,
+    length: int,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Bytes by what they are for.
 
@@ -60,6 +68,7 @@ def footprint(
         micro_batch: Completions of a forward pass in the update.
         prompt: Tokens of a prompt.
         length: Tokens of a completion.
+        device: What it runs on, ``cpu`` or ``accelerator``.
     """
     counts = parameters(config, setting)
     learning = counts["trained"] + counts["critic"]
@@ -82,7 +91,10 @@ def footprint(
         "optimizer": 2 * FLOAT * learning,
         "rollout": batch * (tokens * cached * (2 if setting.bf16 else FLOAT) + DRAW * config.vocab_size),
         "activations": micro_batch * tokens * activations,
-        "logits": LOGITS * FLOAT * config.vocab_size * min(micro_batch * length, largest_chunk(config.vocab_size)),
+        "logits": LOGITS
+        * FLOAT
+        * config.vocab_size
+        * min(micro_batch * length, largest_chunk(config.vocab_size, device)),
         "copies": (copies if setting.bf16 else 0) + widened,
     }
 

@@ -92,6 +92,7 @@ def measure(name: str, base: Workload, args: argparse.Namespace) -> dict[str, An
     if "error" in result:
         return result
     sizes = {"batch": work.batch, "micro_batch": micro_batch, "prompt": work.prompt[0], "length": work.length}
+    sizes["device"] = "cpu" if args.device == "cpu" else "accelerator"
     terms = footprint(work.config, setting, kept_per_token(work.config, setting), **sizes)
     beyond = (peak(terms) - terms["policy"]) / GB
     computed = {"computed_gb": beyond, "terms": {key: value / GB for key, value in terms.items()}}
@@ -120,9 +121,10 @@ def fitting(name: str) -> dict[str, dict[str, Any]]:
     """For each setting: gigabytes at ``micro_batch_size=1``, and the largest power of two that each card holds (0: none)."""
     print(name, file=sys.stderr, flush=True)
     config, found = SHAPES[name], {}
+    sizes = ROLLOUT | {"device": "accelerator"}
     for label, setting in SETTINGS.items():
         kept = kept_per_token(config, setting)
-        needs = {n: peak(footprint(config, setting, kept, micro_batch=n, **ROLLOUT)) / GB for n in MICRO_BATCHES}
+        needs = {n: peak(footprint(config, setting, kept, micro_batch=n, **sizes)) / GB for n in MICRO_BATCHES}
         largest = {card: max((n for n in needs if needs[n] <= USABLE * card), default=0) for card in CARDS}
         found[label] = {"gb": needs[1], "largest": largest}
     return found

@@ -146,7 +146,7 @@ def check_reference(ref_logprobs: Tensor, kl: Tensor, completion_ids: Tensor) ->
 
 
 def check_gradients(
-    gradients: Mapping[str, Tensor | None], norms: Iterable[Tensor], stats: Mapping[str, float], iteration: int
+    gradients: Mapping[str, Tensor | None], norms: Iterable[float], stats: Mapping[str, float], iteration: int
 ) -> None:
     """Every loss and the norms of the gradient are finite.
 
@@ -159,7 +159,7 @@ def check_gradients(
     Raises:
         NonFiniteError: Names the first parameter whose gradient is not finite.
     """
-    if all(norm.isfinite() for norm in norms) and all(map(math.isfinite, stats.values())):
+    if all(map(math.isfinite, [*norms, *stats.values()])):
         return
     culprit = next(
         (n for n, g in gradients.items() if g is not None and not g.isfinite().all()), "none: the loss itself"

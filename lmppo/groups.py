@@ -4,12 +4,18 @@ import math
 from itertools import chain, pairwise
 
 import numpy as np
+import torch
 
 GROUP_COST = {"cpu": 128, "accelerator": 4096}
 """What a pass over one more group costs, in tokens: accelerators wait for their kernels to be launched."""
 
 MOST_TOKENS = {"cpu": 2048, "accelerator": math.inf}
 """Tokens of a group, about: a CPU reads more at a time no faster, and keeps more of them for the backward pass."""
+
+
+def kind_of_device(device: torch.device) -> str:
+    """``cpu`` or ``accelerator``: what is fast on one is not on the other."""
+    return "cpu" if device.type == "cpu" else "accelerator"
 
 
 def length_groups(lengths: list[int], size: int, group_cost: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lmppo.axes import Record, axes
-from lmppo.groups import GROUP_COST, MOST_TOKENS, cheapest_groups
+from lmppo.groups import GROUP_COST, MOST_TOKENS, cheapest_groups, kind_of_device
 from lmppo.support import Support
 
 
@@ -112,9 +112,9 @@ class TokenRecord(Record):
             packs: Whether the models that read them can read several rows one behind the other.
         """
         read = (self.tokens.attention_mask.sum(dim=1) - 1).clamp(min=1)  # the last token is never read
-        device = "cpu" if read.device.type == "cpu" else "accelerator"
+        kind = kind_of_device(read.device)
         groups, line_length = cheapest_groups(
-            read.tolist(), size, GROUP_COST[device], packs=packs, most_tokens=MOST_TOKENS[device]
+            read.tolist(), size, GROUP_COST[kind], packs=packs, most_tokens=MOST_TOKENS[kind]
         )
         for group in groups:
             rows = torch.tensor(group, device=read.device)

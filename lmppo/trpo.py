@@ -241,7 +241,7 @@ class PolicyBatch:
         seen = []
         for micro, old in zip(self.micros, self.old, strict=True):
             new, counted = functional_call(self.policy, parameters, (micro.tokens,)), micro.counted()
-            for part in chunks_of(len(new), self.vocab_size):
+            for part in chunks_of(new, self.vocab_size):
                 some, logits = counted.cut(T=part), functional_call(self.policy, parameters, (new.cut(part),))
                 seen.append(
                     self._losses(some, logits) | {"trpo/kl": self._kl(some, self.policy(old.cut(part)), logits)}

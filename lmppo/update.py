@@ -232,13 +232,14 @@ def take_step(
     if actor_critic.critic is not None:
         groups = {"grad_norm": actor_critic.policy_parameters(), "critic/grad_norm": actor_critic.critic_parameters()}
     clipped = {name: [p for p in group if p.grad is not None] for name, group in groups.items()}
-    norms = {name: torch.nn.utils.get_total_norm([p.grad for p in part]) for name, part in clipped.items() if part}
+    totals = {name: torch.nn.utils.get_total_norm([p.grad for p in part]) for name, part in clipped.items() if part}
+    norms = {name: total.item() for name, total in totals.items()}
     check_gradients({name: p.grad for name, p in model.named_parameters()}, norms.values(), stats, iteration)
     for name, norm in norms.items():
         if norm > config.max_grad_norm:
-            torch.nn.utils.clip_grads_with_norm_(clipped[name], config.max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(clipped[name], config.max_grad_norm, totals[name])
     optimizer.step()
-    return {name: norm.item() for name, norm in norms.items()}
+    return norms
 
 
 def _summary(taken: list[dict[str, float]], refused: list[dict[str, float]]) -> dict[str, float]:

@@ -123,7 +123,7 @@ def test_every_gradient_is_that_of_all_logits_at_once(name, n_tokens):
     torch.manual_seed(0)
     model, experience = setting(POLICIES[name]())
     assert (model.language_model.trunk is None) == (name == "not to be split")
-    assert len(chunks_of(int(experience.completion_mask.sum()), VOCAB)) > 3
+    assert len(chunks_of(States(torch.zeros(1, int(experience.completion_mask.sum()), 2)), VOCAB)) > 3
     # Read in the same lines: norms are float32 in any model.
     model.language_model.positions = dataclasses.replace(model.language_model.positions, packs=False)
     assert_same_gradients(model, experience, ent_coef=0.1, micro_batch_size=12)
@@ -272,14 +272,22 @@ def test_a_second_derivative_of_the_sum_is_refused():
 @pytest.mark.parametrize("n, most", [(0, 3), (1, 3), (3, 3), (4, 3), (20, 7), (5, 100), (9, 1)])
 def test_chunks_cover_the_tokens_in_order_and_none_is_larger_than_allowed(monkeypatch, n, most):
     monkeypatch.setattr(lmppo.models.chunks, "LOGITS_BYTES", 4 * VOCAB * most + 3)
-    chunks = chunks_of(n, VOCAB)
+    chunks = chunks_of(States(torch.zeros(1, n, 2)), VOCAB)
     assert [token for chunk in chunks for token in range(n)[chunk]] == list(range(n))
     sizes = [chunk.stop - chunk.start for chunk in chunks]
     assert max(sizes) <= most and len(chunks) == max(1, -(-n // most)) and max(sizes) - min(sizes) <= 1
-    assert chunks_of(2, 10**12) == [slice(0, 1), slice(1, 2)], "one token at a time, whatever it takes"
+    two = States(torch.zeros(1, 2, 2))
+    assert chunks_of(two, 10**12) == [slice(0, 1), slice(1, 2)], "one token at a time, whatever it takes"
 
 
-@pytest.mark.parametrize("vocab_size, tokens", [(32, 131_072), (4096, 1024), (50_257, 512), (151_936, 220), (10**9, 1)])
-def test_a_chunk_has_512_tokens_or_16_mib_and_never_more_than_128_mib(vocab_size, tokens):
+@pytest.mark.parametrize("vocab_size, tokens", [(32, 65_536), (4096, 512), (50_257, 512), (151_936, 220), (10**9, 1)])
+def test_a_chunk_has_512_tokens_or_8_mib_and_never_more_than_128_mib(vocab_size, tokens):
     """Or one token, where that is larger."""
     assert largest_chunk(vocab_size) == tokens
+
+
+@pytest.mark.parametrize("vocab_size, tokens", [(4096, 8192), (50_257, 667), (151_936, 220), (10**9, 1)])
+def test_a_chunk_has_up_to_128_mib_on_an_accelerator(vocab_size, tokens):
+    assert largest_chunk(vocab_size, "accelerator") == tokens
+    states = States(torch.zeros(1, tokens + 1, 2, device="meta"))
+    assert len(chunks_of(states, vocab_size)) == 2

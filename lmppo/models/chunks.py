@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmppo.groups import kind_of_device
 from lmppo.models.states import States
 
 LOGITS_BYTES = 2**27
 """The most memory of one float32 tensor of logits."""
 
-FEW_BYTES, FEW_TOKENS = 2**23, 512
-"""A chunk of either size is small enough: matrix products of fewer tokens take longer for each."""
+FEW_BYTES, FEW_TOKENS = {"cpu": 2**23, "accelerator": LOGITS_BYTES}, 512
+"""A chunk of either size is small enough: matrix products of fewer tokens take longer for each, and an accelerator waits for
+its kernels to be launched."""
 
 Sums = dict[str, Tensor]
 """Numbers by name, each added up over tokens; of names that end in ``_max`` the largest is kept."""
@@ -30,15 +32,15 @@ OfLogits = Callable[[Tensor, slice], tuple[Tensor, Sums]]
 and sums that are not."""
 
 
-def largest_chunk(vocab_size: int) -> int:
-    """The most tokens of a chunk; at least one."""
+def largest_chunk(vocab_size: int, kind: str = "cpu") -> int:
+    """The most tokens of a chunk on a :func:`lmppo.groups.kind_of_device`; at least one."""
     row = 4 * vocab_size
-    return max(1, min(LOGITS_BYTES // row, max(FEW_BYTES // row, FEW_TOKENS)))
+    return max(1, min(LOGITS_BYTES // row, max(FEW_BYTES[kind] // row, FEW_TOKENS)))
 
 
-def chunks_of(n_tokens: int, vocab_size: int) -> list[slice]:
-    """Slices of about the same size that cover the tokens; at least one."""
-    most = largest_chunk(vocab_size)
+def chunks_of(states: States, vocab_size: int) -> list[slice]:
+    """Slices of about the same size that cover the states; at least one."""
+    n_tokens, most = len(states), largest_chunk(vocab_size, kind_of_device(states.source.device))
     n_chunks = max(1, -(-n_tokens // most))
     bounds = [n_tokens * i // n_chunks for i in range(n_chunks + 1)]
     return [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
@@ -76,7 +78,7 @@ def sum_over_logits(
     source_gradient = torch.zeros_like(whole) if wanted else None
     gradients: dict[Tensor, Tensor] = {}
     totals, sums = [], []
-    for part in chunks_of(len(states), vocab_size):
+    for part in chunks_of(states, vocab_size):
         source = whole[:, part].detach().requires_grad_(wanted)
         total, seen = compute(logits_of(states.with_source(source)), part)
         for leaf, gradient in _gradients_of(total).items():

@@ -57,7 +57,7 @@ def measure_logits(
                 counted.cut(T=part),
                 *(r.logits_of(s.cut(part)) for r, s in zip(readers, states, strict=True)),
             )
-            for part in chunks_of(len(states[0]), readers[0].vocab_size)
+            for part in chunks_of(states[0], readers[0].vocab_size)
         ]
         for name in pieces[0]:
             numbers = torch.cat([piece[name] for piece in pieces], dim=1)
