@@ -60,6 +60,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "1 epoch": {"ppo_epochs": 1},
     "2 epochs": {"ppo_epochs": 2},
     "minibatches of 64": {"minibatch_size": 64},
+    "120 rollouts of 32": {"rollout_batch_size": 32, "max_steps": 120},
+    "30 rollouts of 128": {"rollout_batch_size": 128, "max_steps": 30},
     "advantages as they are": {"whiten_advantages": False},
     "clip_range 0.1": {"clip_range": 0.1},
     "no target_kl": UNLIMITED,
