@@ -320,7 +320,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--venvs", type=Path, default=RESULTS / "venvs", help="where trl's environments are or are made"
     )
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--picture", type=Path, help="default: among the docs with --markdown, else beside the results")
     parser.add_argument("--markdown", type=Path, help="the page whose tables are replaced")
     parser.add_argument("--smoke", action="store_true", help="a tiny task and lmppo alone, in this process")
     args = parser.parse_args(argv)
@@ -328,7 +328,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.name = "learn" if args.task == "chain" else f"learn-{args.task}"
     args.prices = args.prices or list(PRICES[args.task])
     args.folder = args.folder or RESULTS / args.name
-    args.picture = args.picture or Path(f"docs/images/{args.name}.png")
+    args.picture = args.picture or (Path("docs/images") if args.markdown else RESULTS) / f"{args.name}.png"
     if args.smoke:
         args.systems, args.seeds = ["lmppo"], args.seeds[:2]
         args.prices, args.rates = args.prices[:2], args.rates[:2]

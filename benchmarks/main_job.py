@@ -150,11 +150,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=default_threads(), help="CPU threads of each run")
     parser.add_argument("--draws", type=int, default=4, help="completions of each prompt")
-    parser.add_argument("--picture", type=Path, default=Path("docs/images/main-job-seeds.png"))
+    parser.add_argument("--picture", type=Path, help="default: among the docs with --markdown, else beside the results")
     parser.add_argument("--markdown", type=Path, help="the page whose table is replaced")
     parser.add_argument("--smoke", action="store_true", help="one step, four prompts, n of 1 and 4: tries the script")
     args = parser.parse_args(argv)
     args.prompts = job()["eval_completions"]
+    args.picture = args.picture or (Path("docs/images") if args.markdown else RESULTS) / f"{args.name}-seeds.png"
     if args.smoke:
         args.sizes, args.prompts, args.draws, args.seeds, args.prices = [1, 4], 4, 1, [0], [0.2]
         args.flags = "--max_steps 1 --rollout_batch_size 4 --minibatch_size 4 --eval_completions 4"
