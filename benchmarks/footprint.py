@@ -19,6 +19,7 @@ from transformers import (
 )
 from workloads import Workload, share_of_even
 
+from lmppo.groups import MOST_TOKENS
 from lmppo.models.chunks import largest_chunk
 from lmppo.models.held import HeldInBFloat16
 from lmppo.setting_rules import FROZEN_DTYPES
@@ -90,7 +91,7 @@ def footprint(
         "gradients": FLOAT * learning,
         "optimizer": 2 * FLOAT * learning,
         "rollout": batch * (tokens * cached * (2 if setting.bf16 else FLOAT) + DRAW * config.vocab_size),
-        "activations": micro_batch * tokens * activations,
+        "activations": min(micro_batch * tokens, max(tokens, MOST_TOKENS[device])) * activations,
         "logits": LOGITS
         * FLOAT
         * config.vocab_size

@@ -107,7 +107,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=ALL, help="default: all (on a CPU, all but W5)")
     parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--rounds", type=int, default=3, help="runs of each system on each workload")
-    parser.add_argument("--iterations", type=int, default=3, help="iterations of a run, after one to warm up")
+    parser.add_argument("--iterations", type=int, default=5, help="iterations of a run, after one to warm up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16, in every system")
     parser.add_argument("--threads", type=int, default=default_threads())

@@ -1,6 +1,7 @@
 """Rows in groups that a model reads together, with little padding: of similar length, or packed."""
 
 import math
+import sys
 from itertools import chain, pairwise
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 GROUP_COST = {"cpu": 128, "accelerator": 4096}
 """What a pass over one more group costs, in tokens: accelerators wait for their kernels to be launched."""
 
-MOST_TOKENS = {"cpu": 2048, "accelerator": math.inf}
-"""Tokens of a group, about: a CPU reads more at a time no faster, and keeps more of them for the backward pass."""
+MOST_TOKENS = {"cpu": 1792, "accelerator": sys.maxsize}
+"""Of a group, padding included: a CPU reads more at a time no faster, and keeps more of them for the backward pass."""
 
 
 def kind_of_device(device: torch.device) -> str:
@@ -70,7 +71,7 @@ def pack_lines(lengths: list[int], line_length: int) -> list[list[int]]:
 
 
 def cheapest_groups(
-    lengths: list[int], size: int, group_cost: int, *, packs: bool, most_tokens: float = math.inf
+    lengths: list[int], size: int, group_cost: int, *, packs: bool, most_tokens: int = sys.maxsize
 ) -> tuple[list[list[int]], int]:
     """The groups whose passes cost least, and the length of the lines to pack their rows into; 0: they are not packed.
 
@@ -79,11 +80,11 @@ def cheapest_groups(
         size: How many of the longest rows, or lines, a group may have.
         group_cost: What a pass over one more group costs, in tokens.
         packs: Whether rows can be packed.
-        most_tokens: Of a group, if all have equally many: more rows than that takes are not read together.
+        most_tokens: Of a group, padding included, unless one row alone has more.
     """
-    n_groups = math.ceil(sum(lengths) / most_tokens) or 1
-    size = min(size, math.ceil(len(lengths) / n_groups))
-    groups, longest = length_groups(lengths, size, group_cost), max(lengths)
+    longest = max(lengths)
+    size = min(size, max(1, most_tokens // longest))
+    groups = length_groups(lengths, size, group_cost)
     if not packs:
         return groups, 0
     lines = pack_lines(lengths, longest)

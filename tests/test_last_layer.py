@@ -108,6 +108,7 @@ def test_under_an_adapter():
     language_model._last_layer._part = None
     expected, whole = numbers_and_gradients(model, lambda: language_model.read(tokens()).hidden)
     torch.testing.assert_close(found, expected, **ROUNDING)
+    assert gradients.keys() == whole.keys() and any(gradient.any() for gradient in gradients.values())
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, whole[name], **ROUNDING)
 
@@ -117,11 +118,26 @@ def test_a_critic_of_its_own():
     assert isinstance(critic, GPT2ForTokenClassification)
     model = ActorCritic(gpt2(), critic)
     counts = seen_by(last_linear(critic))
-    found = model.values(tokens())
+    found, gradients = numbers_and_gradients(critic, lambda: model.values(tokens()))
     assert counts == [COUNTED]
     model._critic_last_layer._part = None
-    torch.testing.assert_close(found, model.values(tokens()), **ROUNDING)
-    assert found.any() and counts[1] > 2 * COUNTED
+    expected, whole = numbers_and_gradients(critic, lambda: model.values(tokens()))
+    torch.testing.assert_close(found, expected, **ROUNDING)
+    assert found.any() and counts[1] > 2 * COUNTED and gradients.keys() == whole.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, whole[name], **ROUNDING)
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was():
+    model = randomised(llama())
+    language_model = LanguageModel(model)
+    expected = model(torch.tensor([[3, 4, 5]])).logits
+    handle = model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        language_model.read(tokens())
+    handle.remove()
+    assert "forward" not in vars(model.model.layers[-1].mlp)
+    assert torch.equal(model(torch.tensor([[3, 4, 5]])).logits, expected)
 
 
 @pytest.mark.parametrize("make", [mixing, mixtral])

@@ -30,7 +30,7 @@ def token_logprobs(
 
     Raises:
         TypeError: A tensor has the wrong dtype.
-        ValueError: Shapes do not fit, a token is outside [0, V) (on the CPU; elsewhere torch's gather says so), the
+        ValueError: Shapes do not fit, a token is outside [0, V) (on an NVIDIA GPU torch's own assertion fails), the
             temperature is not positive, or a position has an empty support.
     """
     _check_tokens("token_logprobs", logits, tokens)
@@ -177,8 +177,10 @@ def _check_tokens(function: str, logits: Tensor, tokens: Tensor) -> None:
     check_float(function, logits=logits)
     check_dtype(function, torch.int64, tokens=tokens)
     check_shape(function, logits.shape[:-1], "that of logits without its last axis", tokens=tokens)
-    on_host = tokens.device.type == "cpu"  # a GPU would be waited for, and its gather checks them as well
-    if on_host and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < logits.shape[-1]:
+    asserted = (
+        tokens.device.type == "cuda" and torch.version.hip is None
+    )  # by NVIDIA's gather: to look is to wait for it
+    if not asserted and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < logits.shape[-1]:
         raise ValueError(
             f"{function}: tokens must be in [0, {logits.shape[-1]}), the vocabulary of logits, got values from "
             f"{tokens.min()} to {tokens.max()}; put any valid token where the mask is False"

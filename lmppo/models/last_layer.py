@@ -27,7 +27,7 @@ class LastLayer:
 
     def __init__(self, model: Any, read: Callable[[Aligned], Outputs]) -> None:
         stack = stack_of(base_of(model))
-        self._part: Any = None if stack is None else getattr(stack[-1], "mlp", None)
+        self._part: Any = getattr(stack[-1], "mlp", None) if stack else None
         if self._part is not None and not self._same(model, read):
             self._part = None
 
