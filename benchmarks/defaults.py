@@ -10,6 +10,7 @@ changed, delete its files.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -90,9 +91,13 @@ CHAINS = {"chain": Chain(), "long chain": Chain(length=96)}
 
 def chain(task: Chain, settings: dict[str, Any], seed: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One run of a chain task."""
-    model = folder_of(task, args) / "model"
-    run = {"task": task.job, "model": str(model), "output": str(folder)}
-    run |= {"price": PRICE, "learning_rate": RATE, "seed": seed, "settings": only_settings(settings)}
+    model, changed = folder_of(task, args) / "model", only_settings(settings)
+    sizes = {
+        "batch": changed.get("rollout_batch_size", task.batch),
+        "iterations": changed.get("max_steps", task.iterations),
+    }
+    run = {"task": dataclasses.replace(task, **sizes).job, "model": str(model), "output": str(folder)}
+    run |= {"price": PRICE, "learning_rate": RATE, "seed": seed, "settings": changed}
     run[OWN_CRITIC] = OWN_CRITIC in settings
     result = run_job("learn_lmppo", run, threads=args.threads, python=sys.executable, inline=args.smoke)
     if "error" in result:
