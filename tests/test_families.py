@@ -42,3 +42,8 @@ def test_refused(family):
     state, message = results["a"]
     assert state == "refused", results
     assert REFUSED[family] in message
+
+
+def test_adapters_critics_and_resume_are_checked_as_well():
+    results = sweep.run_family("llama", "cdf")
+    assert results.keys() >= set("cdf") and {state for state, _ in results.values()} == {"ok"}, results

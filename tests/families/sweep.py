@@ -149,6 +149,7 @@ def make_trainer(out, model, **settings):
         max_completion_length=8,
         ppo_epochs=1,
         learning_rate=1e-3,
+        lr_scheduler_type="constant",  # a linear one knows how many steps are to come, and check f goes on for more
         disable_tqdm=True,
         use_cpu=True,
     )
