@@ -2,7 +2,7 @@
 
 import math
 import sys
-from itertools import chain, pairwise
+from itertools import chain
 
 import numpy as np
 import torch
@@ -17,6 +17,12 @@ MOST_TOKENS = {"cpu": 1792, "accelerator": sys.maxsize}
 def kind_of_device(device: torch.device) -> str:
     """``cpu`` or ``accelerator``: what is fast on one is not on the other."""
     return "cpu" if device.type == "cpu" else "accelerator"
+
+
+def even_slices(n: int, most: int) -> list[slice]:
+    """The fewest slices that cover ``n`` things and have ``most`` of them at most, of about the same size; at least one."""
+    n_slices = max(1, math.ceil(n / most))
+    return [slice(n * i // n_slices, n * (i + 1) // n_slices) for i in range(n_slices)]
 
 
 def length_groups(lengths: list[int], size: int, group_cost: int) -> list[list[int]]:
@@ -88,9 +94,7 @@ def cheapest_groups(
     if not packs:
         return groups, 0
     lines = pack_lines(lengths, longest)
-    n_packed = math.ceil(len(lines) / size)
-    bounds = [len(lines) * i // n_packed for i in range(n_packed + 1)]
-    packed = [sorted(chain(*lines[slice(*pair)])) for pair in pairwise(bounds)]
+    packed = [sorted(chain(*lines[part])) for part in even_slices(len(lines), size)]
     padded = sum(len(group) * max(lengths[row] for row in group) for group in groups)
     saved = padded - len(lines) * longest + group_cost * (len(groups) - len(packed))
     return (packed, longest) if saved > 0 else (groups, 0)

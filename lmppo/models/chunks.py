@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmppo.groups import kind_of_device
+from lmppo.groups import even_slices, kind_of_device
 from lmppo.models.states import States
 
 LOGITS_BYTES = 2**27
@@ -40,10 +40,7 @@ def largest_chunk(vocab_size: int, kind: str = "cpu") -> int:
 
 def chunks_of(states: States, vocab_size: int) -> list[slice]:
     """Slices of about the same size that cover the states; at least one."""
-    n_tokens, most = len(states), largest_chunk(vocab_size, kind_of_device(states.source.device))
-    n_chunks = max(1, -(-n_tokens // most))
-    bounds = [n_tokens * i // n_chunks for i in range(n_chunks + 1)]
-    return [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    return even_slices(len(states), largest_chunk(vocab_size, kind_of_device(states.source.device)))
 
 
 def join_sums(parts: Sequence[Sums]) -> Sums:
