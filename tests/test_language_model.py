@@ -176,3 +176,15 @@ def test_under_autocast_the_head_is_float32_at_logits_of_real_size(family):
     ids = tokens.completion_ids[tokens.completion_mask]
     torch.testing.assert_close(token_logprobs(logits, ids), token_logprobs(exact, ids), atol=1e-4, rtol=0)
     assert (token_logprobs(coarse, ids) - token_logprobs(exact, ids)).abs().max() > 0.02, "or the test shows nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_states_of_several_rows_are_one_product_in_the_head(family):
+    """Of rows that lie apart in memory torch makes a product for each, where the head's weights are frozen."""
+    model = LanguageModel(randomised(FAMILIES[family]()).requires_grad_(False))
+    ids = torch.arange(15).view(3, 5) % VOCAB
+    whole, last = (model.forward(last=n, input_ids=ids) for n in (5, 1))
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        logits = model.logits_of(last)
+    assert "aten::bmm" not in {event.key for event in profile.key_averages()}
+    torch.testing.assert_close(logits, model.logits_of(whole)[:, -1:], **ROUNDING)

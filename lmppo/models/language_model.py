@@ -145,7 +145,8 @@ class LanguageModel:
     def forward(self, *, last: int, **inputs: Any) -> States:
         """The ``last`` positions of a forward pass."""
         if self.trunk is not None:
-            return States(self.trunk(**inputs).last_hidden_state[:, -last:])
+            hidden = self.trunk(**inputs).last_hidden_state[:, -last:]
+            return States(hidden.contiguous())  # of rows that lie apart, a frozen head would read its weights for each
         if takes(self.model, "logits_to_keep"):
             inputs["logits_to_keep"] = last
         out = self.model(**inputs, output_hidden_states=True)
