@@ -2,25 +2,51 @@ r"""Where the time of an iteration goes, and how far it is from the machine's li
 
     python benchmarks/profile_iteration.py --markdown docs/speed.md
 
-The limit of a phase is its useful arithmetic (no padding, logits of completion tokens only) at the rate of a matrix product
-of 1024 x 1024 that is measured beside it. The operations are those of one more iteration, under torch's profiler.
+The first table shows what a product with a layer's weights reaches by its number of rows: sampling has as many as there are
+completions. The limit of a phase is its useful arithmetic (no padding, logits of completion tokens only) at the rate of a
+matrix product of 1024 x 1024 that is measured beside it. The operations are those of one more iteration, under torch's
+profiler.
 (Not named profile.py, which would stand in for Python's own module of that name.)
 """
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from measuring import default_threads, origin, probe, table, write
+from measuring import GB, default_threads, origin, probe, synchronize, table, write
 from run_lmppo import Measured
 from workloads import WORKLOADS, Workload, useful_flops
 
 SMOKE = {"layers": 1, "width": 16, "heads": 2, "vocab": 64, "batch": 4, "length": 4}
+ROWS = (1, 4, 16, 64, 256, 1024)
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "attention", "gemm")
+
+
+def products(device: str, width: int = 768, copies: int = 24) -> list[dict[str, float]]:
+    """GB/s of weights and GFLOP/s of products ``(rows, width) @ (width, 4 * width)``; medians of 9.
+
+    Each with weights of its own, one after the other, as in a pass over the layers of a model.
+    """
+    weights = torch.randn(copies, width, 4 * width, device=device)
+    found = []
+    for rows in ROWS:
+        states, seconds = torch.randn(rows, width, device=device), []
+        for _ in range(9):
+            synchronize(device)
+            started = time.perf_counter()
+            for weight in weights:
+                torch.mm(states, weight)
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        once = median(seconds) / copies
+        flop = 2 * rows * weights[0].numel()
+        found.append({"rows": rows, "weights": weights[0].nbytes / GB / once, "gflop": flop / 1e9 / once})
+    return found
 
 
 def limits(measured: Measured) -> list[dict[str, Any]]:
@@ -65,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny models: tries the script")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    few = products(args.device, **({"width": 16, "copies": 2} if args.smoke else {}))
     results = {}
     for name in args.workloads:
         work: Workload = dataclasses.replace(WORKLOADS[name], **(SMOKE if args.smoke else {}))
@@ -72,7 +99,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for _ in range(1 + args.iterations):
             measured.step()
         results[name] = {"limits": limits(measured), "operations": operations(measured)}
-    write("profile", results, "\n\n".join([*tables(results), origin(args.threads, args.device)]), args.markdown)
+    shown = [products_table(few), *tables(results), origin(args.threads, args.device)]
+    write("profile", {"products": few, **results}, "\n\n".join(shown), args.markdown)
+
+
+def products_table(found: list[dict[str, float]]) -> str:
+    """What products of few rows reach."""
+    header = ["rows of a product with weights 768 x 3072", "GB/s of weights read", "GFLOP/s"]
+    return table(header, [[str(row["rows"]), f"{row['weights']:.3g}", f"{row['gflop']:.3g}"] for row in found])
 
 
 def tables(results: dict[str, dict[str, list[dict[str, Any]]]]) -> list[str]:
