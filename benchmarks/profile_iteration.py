@@ -23,6 +23,7 @@ from run_lmppo import Measured
 from workloads import WORKLOADS, Workload, useful_flops
 
 SMOKE = {"layers": 1, "width": 16, "heads": 2, "vocab": 64, "batch": 4, "length": 4}
+PROFILED = ["W1", "W2", "W4", "W2-critic"]
 ROWS = (1, 4, 16, 64, 256, 1024)
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "attention", "gemm")
 
@@ -83,7 +84,7 @@ def operations(measured: Measured, top: int = 15) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, profile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=["W1", "W2", "W3", "W4"], default=["W1", "W2", "W4"])
+    parser.add_argument("--workloads", nargs="+", choices=[*PROFILED, "W3"], default=PROFILED)
     parser.add_argument("--iterations", type=int, default=3, help="counted iterations, after one to warm up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=default_threads())

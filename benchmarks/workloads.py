@@ -118,7 +118,8 @@ def useful_flops(work: Workload) -> dict[str, float]:
 
     No padding, logits of the states before completion tokens only, the last token is never read; a backward pass costs
     two forward passes. To sample is to read every token once over a cache, which is the same arithmetic. Frozen layers are
-    read once, by the sampler; a frozen head costs one more pass backward, not two.
+    read once, by the sampler; a frozen head costs one more pass backward, not two. A critic of its own reads the
+    sampled tokens once, and has no head to speak of.
     """
     prompt, end = sum(work.prompt) / 2, work.eos_probability
     length = (1 - (1 - end) ** work.length) / end if end else work.length
@@ -126,5 +127,6 @@ def useful_flops(work: Workload) -> dict[str, float]:
     head = work.batch * length * 2 * work.vocab * work.width
     top = work.layers if work.unfrozen is None else work.unfrozen
     whole, trained = (work.batch * (prompt + length - 1) * layers * layer for layers in (work.layers, top))
-    update = 3 * trained + (3 if work.unfrozen is None else 2) * head
-    return {"generate": whole + head, "reference": trained + head, "update": work.epochs * update}
+    critic = whole if work.critic else 0.0
+    update = 3 * (trained + critic) + (3 if work.unfrozen is None else 2) * head
+    return {"generate": whole + head + critic, "reference": trained + head, "update": work.epochs * update}

@@ -187,6 +187,11 @@ def test_useful_arithmetic_is_that_of_a_forward_pass():
     assert flops["reference"] == flops["generate"] == counter.get_total_flops() - later
     assert flops["update"] == 9 * flops["reference"]
     head = 4 * 4 * 2 * 16 * work.vocab
+    with FlopCounterMode(display=False) as counter:
+        model.transformer(torch.zeros(4, read, dtype=torch.long))
+    critic, own = counter.get_total_flops() - later, workloads.useful_flops(dataclasses.replace(work, critic=True))
+    assert own["generate"] == flops["generate"] + critic and own["reference"] == flops["reference"]
+    assert own["update"] == flops["update"] + 9 * critic
     frozen = workloads.useful_flops(dataclasses.replace(work, unfrozen=1))
     assert frozen["generate"] == flops["generate"]
     assert frozen["reference"] == (flops["reference"] - head) / work.layers + head
