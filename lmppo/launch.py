@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 
 from lmppo.allocator import keep_freed_memory
 from lmppo.config import PPOConfig
+from lmppo.matrix_products import suits_onednn, use_onednn
 from lmppo.update import critic_epochs, kl_limit
 
 
@@ -70,6 +71,8 @@ def make_accelerator(args: PPOConfig, *, evaluates: bool) -> Accelerator:
         accelerator.print("Forward passes run in bfloat16, as the launcher or an earlier Accelerator says, not bf16.")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+        if suits_onednn():
+            use_onednn()
     if args.cpu_threads is not None and accelerator.device.type == "cpu":
         share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(args.cpu_threads or max(1, share))
@@ -125,6 +128,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         "num_processes": accelerator.num_processes,
         "num_threads": torch.get_num_threads(),
         "device": accelerator.device.type,
+        "matrix_products": "oneDNN" if accelerator.device.type == "cpu" and suits_onednn() else None,
         "mixed_precision": accelerator.mixed_precision,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
