@@ -243,6 +243,17 @@ def test_weights_that_are_frozen_and_states_that_are_not_and_the_other_way_round
         assert not sum_over_logits(States(hidden), head_of(weight), cubes(scale), vocab_size=VOCAB)[0].requires_grad
 
 
+def test_a_chunk_is_one_product_of_matrices_in_a_frozen_head(monkeypatch):
+    """Of a part of the states torch makes a batch of products, where the head's weights are frozen."""
+    monkeypatch.setattr(lmppo.models.chunks, "largest_chunk", lambda *_: 3)
+    model = LanguageModel(gpt2().eval().requires_grad_(False))
+    states = States(torch.randn(1, 8, model.width, requires_grad=True))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sum_over_logits(states, model.logits_of, lambda logits, _: (logits.sum(), {}), vocab_size=VOCAB)[0].backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["aten::mm"] == 6 and "aten::bmm" not in calls, "three chunks, forward and backward"
+
+
 def test_without_tokens_the_sum_is_0_and_so_are_its_gradients(n_tokens):
     hidden, weight = leaves((1, 0, 3), (3, VOCAB))
     total, sums = sum_over_logits(States(hidden), head_of(weight), cubes(torch.zeros(0)), vocab_size=VOCAB)
