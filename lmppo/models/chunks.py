@@ -76,9 +76,7 @@ def sum_over_logits(
     gradients: dict[Tensor, Tensor] = {}
     totals, sums = [], []
     for part in chunks_of(states, vocab_size):
-        source = (
-            whole[0, part][None].detach().requires_grad_(wanted)
-        )  # as memory of its own: one product in a frozen head
+        source = states.cut(part).source.detach().requires_grad_(wanted)
         total, seen = compute(logits_of(states.with_source(source)), part)
         for leaf, gradient in _gradients_of(total).items():
             if leaf is source:

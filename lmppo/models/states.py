@@ -38,8 +38,8 @@ class States:
         return self.source.shape[1]
 
     def cut(self, part: slice) -> "States":
-        """Some of the states of each row."""
-        return self.with_source(self.source[:, part])
+        """Some of the states of one row, as a tensor of their own: one product of matrices, in a frozen head as well."""
+        return self.with_source(self.source[0, part][None])
 
     def with_source(self, source: Tensor) -> "States":
         """The states whose logits are made of another tensor."""
