@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,8 +146,10 @@ def make_critic(work: Workload) -> PreTrainedModel:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """The result of a job: the arguments of :class:`Measured`, the workload as a dict."""
-    return Measured(**(job | {"work": Workload(**job["work"])})).run()
+    """The result of a job: the arguments of :class:`Measured`, the workload as a dict; ``mkl`` keeps oneDNN out."""
+    job = job | {"work": Workload(**job["work"])}
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None) if job.pop("mkl", False) else nullcontext():
+        return Measured(**job).run()
 
 
 if __name__ == "__main__":

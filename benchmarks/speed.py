@@ -41,7 +41,7 @@ def measure(work: Workload, systems: Sequence[str], args: argparse.Namespace) ->
             job: dict[str, Any] = {"work": dataclasses.asdict(work), "iterations": args.iterations}
             job |= {"device": args.device, "bf16": args.bf16}
             if system == "lmppo":
-                job["settings"] = args.settings
+                job |= {"settings": args.settings, "mkl": args.mkl}
             print(f"round {number + 1} of {args.rounds}: {system}", file=sys.stderr, flush=True)
             try:
                 python = python_of(system, args.venvs)
@@ -111,6 +111,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16, in every system")
     parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument(
+        "--mkl", action="store_true", help="lmppo leaves all products to MKL, also where oneDNN is faster"
+    )
     parser.add_argument("--settings", nargs="+", default=[], metavar="NAME=VALUE", help="further settings of lmppo")
     parser.add_argument(
         "--venvs", type=Path, default=RESULTS / "venvs", help="where trl's environments are or are made"

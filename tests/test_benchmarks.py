@@ -33,7 +33,7 @@ TABLES = {
     "learn": ("learn",),
 }
 QUICK = {
-    "speed": ["--workloads", "W3", "W4", "--rounds", "2", "--iterations", "1"],
+    "speed": ["--workloads", "W3", "W4", "--rounds", "2", "--iterations", "1", "--mkl"],
     "scaling": ["--sizes", "batch", "layers", "--iterations", "1"],
     "profile_iteration": ["--workloads", "W2", "--iterations", "1"],
 }
