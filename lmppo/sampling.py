@@ -230,16 +230,24 @@ def sample(
         if t + 1 == n_time or not goes_on.any():
             break
         if not goes_on.all():
-            rows = goes_on.nonzero()[:, 0].to(device)
+            rows = _in_their_places(goes_on)
             alive, token = alive[rows], token[rows]
             decoder.keep(rows)
         decoder.feed(token)
         if below is not None and decoder.below is not None:
             below[alive, prompt_mask[alive].sum(dim=1) + t] = decoder.below[:, 0]
+    del decoder  # its cache, before a critic of its own reads
     record = TokenRecord(Tokens(prompt_ids, prompt_mask, ids, mask, below), support)
     if values and model.critic is not None:
         state_values = score_values(model, record, micro_batch_size or n_rows)
     return Samples(record.tokens, support, logprobs, state_values, ended, max_logit)
+
+
+def _in_their_places(goes_on: Tensor) -> Tensor:
+    """``(b,)`` the rows that go on, where they are; but the last of them where others have ended, so that few are moved."""
+    rows = torch.arange(int(goes_on.sum()))
+    rows[~goes_on[: len(rows)]] = len(rows) + goes_on[len(rows) :].nonzero()[:, 0]
+    return rows
 
 
 def _from_first_token(states: Tensor, prompt_mask: Tensor, n_more: int) -> Tensor:

@@ -9,6 +9,9 @@ from transformers.cache_utils import DynamicLayer
 
 from lmppo.models.cache import ROOM, RoomyLayer, make_cache
 
+ROWS = {2: [3, 1, 1], 4: [0, 2, 2, 1, 0], 6: [1, 0, 2, 4], 8: [0, 1, 2, 3], ROOM: [0, 3, 2], ROOM + 2: [2, 0]}
+"""Which rows go on after some tokens; of the second, more than there were."""
+
 MODELS = {
     "gpt2": gpt2,
     "llama": llama,
@@ -29,8 +32,8 @@ def test_logits_over_it_are_those_over_the_plain_cache_while_rows_are_dropped_an
     for t in range(ROOM + 5):
         logits = [model(ids, past_key_values=cache, use_cache=True).logits for cache in (ours, theirs)]
         assert torch.equal(*logits) or torch.allclose(*logits, atol=1e-6)
-        if t in (2, ROOM + 2):
-            rows = torch.tensor([3, 1, 1]) if t == 2 else torch.tensor([2, 0])
+        if t in ROWS:
+            rows = torch.tensor(ROWS[t])
             for cache in (ours, theirs):
                 cache.reorder_cache(rows)
             ids = ids[rows]
@@ -47,6 +50,15 @@ def test_tokens_are_written_behind_the_others_and_copied_only_when_there_is_no_r
             assert torch.equal(ours, theirs)
         places.append(layer.keys.data_ptr())
     assert 2 <= len(set(places)) <= 3, "each time for many tokens"
+
+
+def test_rows_that_stay_in_their_places_are_not_copied():
+    layer = RoomyLayer()
+    layer.update(torch.randn(5, 3, 2, 4), torch.randn(5, 3, 2, 4))
+    place, expected = layer.keys.data_ptr(), layer.keys[[0, 4, 2, 3]].clone()
+    layer.keys[0, 0, 0, 0] = expected[0, 0, 0, 0] = 7
+    layer.reorder_cache(torch.tensor([0, 4, 2, 3]))
+    assert layer.keys.data_ptr() == place and torch.equal(layer.keys, expected)
 
 
 def test_layers_of_other_kinds_stay_as_they_are():

@@ -29,6 +29,7 @@ from lmppo.sampling import (
     EVALUATION,
     ROLLOUT,
     SamplingParams,
+    _in_their_places,
     _largest,
     draw,
     sample,
@@ -144,6 +145,17 @@ def test_dropping_finished_rows_changes_nothing_for_the_others(family):
         first_eos = (kept.tokens.completion_ids[row] == EOS).nonzero()[:1].flatten().tolist()
         assert length == (first_eos[0] + 1 if first_eos else 12), "EOS itself counts, nothing after it does"
         assert bool(dropped.ended[row]) == bool(first_eos)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_of_the_rows_that_go_on_no_more_are_moved_than_have_ended(share):
+    generator = torch.Generator().manual_seed(0)
+    for n_rows in range(1, 40):
+        goes_on = torch.rand(n_rows, generator=generator) < share
+        rows = _in_their_places(goes_on)
+        assert sorted(rows.tolist()) == goes_on.nonzero()[:, 0].tolist()
+        moved = rows != torch.arange(len(rows))
+        assert moved.sum() == (~goes_on[: len(rows)]).sum()
 
 
 def test_without_an_eos_token_every_completion_is_full():

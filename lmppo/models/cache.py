@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -52,9 +53,16 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Go on with these rows, and the same room."""
-        if self._whole is not None:
-            n_all = self.get_seq_length()
+        """Go on with these rows, and the same room; those that stay where they are are not copied, unless rows are added."""
+        if self._whole is None:
+            return
+        n_rows, n_all = len(beam_idx), self.get_seq_length()
+        keys, values = self._whole
+        if n_rows > len(keys):
             keys, values = (whole.index_select(0, beam_idx.to(whole.device)) for whole in self._whole)
-            self._whole = keys, values
-            self.keys, self.values = keys[:, :, :n_all], values[:, :, :n_all]
+        else:
+            places = (beam_idx != torch.arange(n_rows, device=beam_idx.device)).nonzero()[:, 0]
+            to, of = (rows.to(keys.device) for rows in (places, beam_idx[places]))
+            keys, values = (whole.index_copy_(0, to, whole.index_select(0, of))[:n_rows] for whole in self._whole)
+        self._whole = keys, values
+        self.keys, self.values = keys[:, :, :n_all], values[:, :, :n_all]

@@ -8,6 +8,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,17 +76,17 @@ class Layout:
     def in_lines(cls, lengths: Tensor, line_length: int) -> "Layout":
         """Of rows of these lengths ``(B,)``, packed into lines of this length, or that of the longest row."""
         sizes = lengths.tolist()
-        columns = torch.arange(max(line_length, *sizes))
+        columns = np.arange(max(line_length, *sizes))
         lines = pack_lines(sizes, len(columns))
-        rows, places = torch.zeros(2, len(lines), len(columns), dtype=torch.long)
-        line, start = torch.zeros(2, len(sizes), dtype=torch.long)
+        rows, places = np.zeros((2, len(lines), len(columns)), dtype=np.int64)
+        line, start = np.zeros((2, len(sizes)), dtype=np.int64)
         for i, members in enumerate(lines):
             at = 0
             for row in members:  # behind the last one its last token again, up to the end of the line
                 line[row], start[row] = i, at
-                rows[i, at:], places[i, at:] = row, columns[: len(columns) - at].clamp(max=sizes[row] - 1)
+                rows[i, at:], places[i, at:] = row, columns[: len(columns) - at].clip(max=sizes[row] - 1)
                 at += sizes[row]
-        return cls(*(tensor.to(lengths.device) for tensor in (rows, places, line, start)))
+        return cls(*(torch.from_numpy(x).to(lengths.device) for x in (rows, places, line, start)))
 
 
 @dataclass(frozen=True)
