@@ -12,8 +12,9 @@ ARGS ?=
 ROUNDS ?= 3
 BIN := $(VENV)/bin
 
-# The environments of `make demo` and `make test`.
+# The environments of `make demo`, `make test` and `make bench`. peft imports bitsandbytes (quantized) where it finds it.
 EXTRAS_demo := data,plots
+EXTRAS_bench := data,plots,train
 EXTRAS_test := data,plots,train,tracking,quantized,dev
 
 .PHONY: demo test families bench learn setup lint types format clean
@@ -29,7 +30,7 @@ families: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families/sweep.py --markdown docs/models.md
 
 # About an hour on two cores that do nothing else, half of it with ROUNDS=1; see docs/speed.md.
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/speed.py --rounds $(ROUNDS) --markdown docs/speed.md
 	$(BIN)/python benchmarks/profile_iteration.py --markdown docs/speed.md
 	$(BIN)/python benchmarks/scaling.py --markdown docs/speed.md
