@@ -9,7 +9,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-ROUNDS ?= 3
+ROUNDS ?= 2
 BIN := $(VENV)/bin
 
 # The environments of `make demo`, `make test` and `make bench`. peft imports bitsandbytes (quantized) where it finds it.

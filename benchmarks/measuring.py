@@ -12,6 +12,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
@@ -23,6 +24,8 @@ import torch
 HERE = Path(__file__).parent
 RESULTS = Path("runs/benchmarks")
 GB = 1e9
+TAKES_TURNS, TURN = "BENCHMARK_TAKES_TURNS", "It is the next one's turn."
+"""The variable of a process that waits for a line after each iteration, and what it prints before."""
 
 
 def synchronize(device: str) -> None:
@@ -100,8 +103,11 @@ class Recorder:
 
     def stop(self, tokens: int, **phases: float) -> None:
         """The iteration has ended; the next one begins after the probe."""
-        row = {"seconds": self.elapsed(), "tokens": tokens, **phases}
+        row = {"seconds": self.elapsed(), "ended": time.monotonic(), "tokens": tokens, **phases}
         self.rows.append(row | {"probe": probe(self.device)})
+        if TAKES_TURNS in os.environ:
+            print(TURN, flush=True)
+            sys.stdin.readline()
         self.start()
 
     def result(self) -> dict[str, Any]:
@@ -137,14 +143,69 @@ def run_job(
     """
     if inline:
         return importlib.import_module(f"run_{system}").run(job)
+    return run_in_turns({system: job}, threads=threads, pythons={system: python}, **environment)[system]
+
+
+def run_in_turns(
+    jobs: dict[str, dict[str, Any]], *, threads: int, pythons: dict[str, str | Path], **environment: str
+) -> dict[str, dict[str, Any]]:
+    """The results of jobs in processes that take turns, iteration by iteration, so that none runs beside another.
+
+    What slows the machine for some seconds then slows an iteration of each. All are in memory at the same time.
+
+    Args:
+        jobs: By system; see :func:`run_job`.
+        threads: CPU threads.
+        pythons: The interpreter of each system's environment.
+        **environment: Further environment variables.
+    """
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    env = os.environ | offline | environment | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
-    command = [str(python), str(HERE / f"run_{system}.py"), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr, flush=True)
-        return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    own = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent), TAKES_TURNS: "1"}
+    processes = {
+        system: _Process(
+            [str(pythons[system]), str(HERE / f"run_{system}.py"), json.dumps(job)],
+            os.environ | offline | environment | own,
+        )
+        for system, job in jobs.items()
+    }
+    while not all([process.ended or process.go_on() for process in processes.values()]):
+        pass
+    return {system: process.result() for system, process in processes.items()}
+
+
+class _Process:
+    """A process that prints :data:`TURN` after each iteration, and its result as the last line."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.command, self.environment = command, environment
+        self.process: Any = None
+        self.ended = False
+
+    def go_on(self) -> bool:
+        """Run until an iteration has ended, the first one from loading on; True if nothing is left to run."""
+        if self.process is None:
+            self.errors = tempfile.TemporaryFile("w+")
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+            self.process = subprocess.Popen(self.command, text=True, env=self.environment, **pipes)
+        else:
+            print(file=self.process.stdin, flush=True)
+        self.last = ""
+        for line in self.process.stdout:
+            if line.rstrip() == TURN:
+                return False
+            self.last = line
+        self.ended = True
+        return True
+
+    def result(self) -> dict[str, Any]:
+        """What it printed, or the last line of its errors."""
+        status = self.process.wait()
+        if status == 0:
+            return json.loads(self.last)
+        self.errors.seek(0)
+        errors = self.errors.read()
+        print(errors, file=sys.stderr, flush=True)
+        return {"error": (errors.strip().splitlines() or [f"exit status {status}"])[-1]}
 
 
 def spread(values: Iterable[float], digits: int = 3) -> str:

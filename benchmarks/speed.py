@@ -1,11 +1,12 @@
 r"""Seconds and memory of an iteration of lmppo, and of trl's two PPO trainers on the same workloads.
 
-    python benchmarks/speed.py --rounds 3 --markdown docs/speed.md
+    python benchmarks/speed.py --markdown docs/speed.md
     python benchmarks/speed.py --workloads W2 --systems lmppo --settings micro_batch_size=16
     python benchmarks/speed.py --device cuda --bf16
 
-Every run is a process of its own, and the systems take turns (A B C A B C), so that a machine whose speed drifts slows all
-of them alike; ratios are taken within a round. Beside each figure is the rate of a matrix product between the iterations.
+Every system is a process of its own, and they take turns iteration by iteration (A B C A B C), so that a machine whose speed
+changes slows all of them alike; ratios are those of iterations side by side. On a GPU, whose memory has no room for all, they
+take turns run by run. Beside each figure is the rate of a matrix product between the iterations.
 The first use makes a virtual environment for each version of trl.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 
 import yaml
 from environments import python_of
-from measuring import RESULTS, default_threads, origin, run_job, spread, table, write
+from measuring import RESULTS, default_threads, origin, run_in_turns, run_job, spread, table, write
 from workloads import GPU_WORKLOADS, WORKLOADS, Workload
 
 NAMES = {
@@ -27,7 +28,7 @@ NAMES = {
     "trl_classic": "trl 0.11.4, `PPOTrainer`",
     "trl_experimental": "trl 1.12.0, `experimental.ppo`",
 }
-SMOKE = {"layers": 1, "width": 16, "heads": 2, "vocab": 64, "batch": 4, "length": 4}
+SMOKE = {"layers": 2, "width": 16, "heads": 2, "vocab": 64, "batch": 4, "length": 4}
 ALL = WORKLOADS | GPU_WORKLOADS
 PHASES = ("generate", "reference", "update")
 Runs = dict[str, list[dict[str, Any]]]
@@ -36,25 +37,37 @@ Runs = dict[str, list[dict[str, Any]]]
 def measure(work: Workload, systems: Sequence[str], args: argparse.Namespace) -> Runs:
     """Results of each system, one for each round; an error stands in the place of its result."""
     runs: Runs = {system: [] for system in systems}
+    together = [list(systems)] if args.device == "cpu" else [[system] for system in systems]
     for number in range(args.rounds):
-        for system in systems:
-            job: dict[str, Any] = {"work": dataclasses.asdict(work), "iterations": args.iterations}
-            job |= {"device": args.device, "bf16": args.bf16}
-            if system == "lmppo":
-                job |= {"settings": args.settings, "mkl": args.mkl}
-            print(f"round {number + 1} of {args.rounds}: {system}", file=sys.stderr, flush=True)
-            try:
-                python = python_of(system, args.venvs)
-                result = run_job(system, job, python=python, threads=args.threads, inline=args.smoke)
-            except Exception as error:  # an environment that cannot be made
-                result = {"error": str(error)}
-            runs[system].append(result)
+        for some in together:
+            print(f"round {number + 1} of {args.rounds}: {', '.join(some)}", file=sys.stderr, flush=True)
+            for system, result in run(work, some, args).items():
+                runs[system].append(result)
     return runs
 
 
-def seconds(result: dict[str, Any]) -> float:
-    """The median over a run's iterations."""
-    return median(row["seconds"] for row in result["rows"])
+def run(work: Workload, systems: Sequence[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The results of some systems that take turns; an error stands in the place of a result."""
+    job = {"work": dataclasses.asdict(work), "iterations": args.iterations, "device": args.device, "bf16": args.bf16}
+    jobs = {system: dict(job) for system in systems}
+    if "lmppo" in jobs:
+        jobs["lmppo"] |= {"settings": args.settings, "mkl": args.mkl}
+    if args.smoke:
+        return {system: run_job(system, jobs[system], threads=args.threads, inline=True) for system in systems}
+    failed, pythons = {}, {}
+    for system in systems:
+        try:
+            pythons[system] = python_of(system, args.venvs)
+        except Exception as error:  # an environment that cannot be made
+            failed[system] = {"error": str(error)}
+    return failed | run_in_turns({s: jobs[s] for s in pythons}, threads=args.threads, pythons=pythons)
+
+
+def ratios_of(results: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> list[float]:
+    """How many times the seconds of lmppo's iterations those beside them took, in all rounds that both have."""
+    rounds = [(theirs, our) for theirs, our in zip(results, ours, strict=False) if "rows" in theirs and "rows" in our]
+    pairs = [pair for theirs, our in rounds for pair in zip(theirs["rows"], our["rows"], strict=False)]
+    return [theirs["seconds"] / our["seconds"] for theirs, our in pairs]
 
 
 def rows_of(name: str, runs: Runs) -> list[list[str]]:
@@ -67,8 +80,7 @@ def rows_of(name: str, runs: Runs) -> list[list[str]]:
             rows.append([name, NAMES[system], errors[0], *[""] * 4])
             continue
         iterations = [row for result in good for row in result["rows"]]
-        pairs = zip(results, runs.get("lmppo", []), strict=False) if system != "lmppo" else ()
-        ratios = [seconds(r) / seconds(ours) for r, ours in pairs if "error" not in r and "error" not in ours]
+        ratios = ratios_of(results, runs.get("lmppo", [])) if system != "lmppo" else []
         cells = [
             "; ".join([spread(row["seconds"] for row in iterations), *errors[:1]]),
             f"{median(row['tokens'] / row['seconds'] for row in iterations):.0f}",
@@ -106,7 +118,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=ALL, help="default: all (on a CPU, all but W5)")
     parser.add_argument("--systems", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each system on each workload")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each system on each workload")
     parser.add_argument("--iterations", type=int, default=5, help="iterations of a run, after one to warm up")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16, in every system")

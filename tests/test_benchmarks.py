@@ -96,6 +96,35 @@ def test_a_job_in_a_process_of_its_own(tmp_path):
         assert 4 <= row["tokens"] <= 16
 
 
+SLEEPER = """
+import json, sys, time
+sys.path.insert(0, sys.argv[0].rpartition("/")[0] + "/benchmarks")
+from measuring import Recorder
+recorder = Recorder()
+for i in range(4):
+    print("whatever a library prints")
+    time.sleep(0.05)
+    recorder.stop(i)
+print(json.dumps(recorder.result()))
+"""
+
+
+def test_no_iteration_runs_beside_that_of_another_process(tmp_path, monkeypatch):
+    measuring = module("measuring")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    monkeypatch.setattr(measuring, "HERE", tmp_path)
+    for name in ("run_a.py", "run_b.py"):
+        (tmp_path / name).write_text(SLEEPER)
+    jobs = dict.fromkeys(("a", "b", "of_nobody"), {})
+    results = measuring.run_in_turns(jobs, threads=1, pythons=dict.fromkeys(jobs, sys.executable))
+    assert "run_of_nobody.py" in results["of_nobody"]["error"]
+    rows = [(row["ended"], row["seconds"], name) for name in "ab" for row in results[name]["rows"]]
+    order = sorted(rows)
+    assert [name for *_, name in order] == ["a", "b"] * 3
+    for before, (ended, seconds, _) in zip(order, order[1:], strict=False):
+        assert 0.05 < seconds < 10 and ended - seconds > before[0]
+
+
 def test_a_system_that_fails_is_shown():
     speed, measuring = module("speed"), module("measuring")
     failed = measuring.run_job("of_nobody", {}, threads=1)
@@ -106,7 +135,9 @@ def test_a_system_that_fails_is_shown():
         "W2", {"lmppo": [good, failed], "trl_classic": [slower, good], "trl_experimental": [failed] * 2}
     )
     assert rows[0][2].startswith("2; 1 of 2 failed: ")
-    assert rows[1][2:5] == ["4 (2..6)", "3", "3"], "ratios are taken within rounds that both have"
+    assert rows[1][2:5] == ["4 (2..6)", "3", "3"], (
+        "ratios are those of iterations side by side, in rounds that both have"
+    )
     assert rows[2][2].startswith("2 of 2 failed: ") and failed["error"] in rows[2][2]
 
 
