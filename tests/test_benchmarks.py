@@ -35,7 +35,7 @@ TABLES = {
 QUICK = {
     "speed": ["--workloads", "W3", "W4", "--rounds", "2", "--iterations", "1", "--mkl"],
     "scaling": ["--sizes", "batch", "layers", "--iterations", "1"],
-    "profile_iteration": ["--workloads", "W2", "--iterations", "1"],
+    "profile_iteration": ["--workloads", "W2", "W4", "--iterations", "1"],
 }
 CHAIN = {"vocab": 3, "prompt": 2, "length": 3, "layers": 1, "width": 8, "heads": 2, "pretraining": 5}
 RUN = {"iterations": 2, "batch": 4, "minibatch": 2, "epochs": 2, "group": 2}
