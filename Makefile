@@ -29,7 +29,7 @@ test: lint types
 families: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/families/sweep.py --markdown docs/models.md
 
-# About an hour on two cores that do nothing else, half of it with ROUNDS=1; see docs/speed.md.
+# About an hour on two cores that do nothing else, 40 minutes with ROUNDS=1; see docs/speed.md.
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/speed.py --rounds $(ROUNDS) --markdown docs/speed.md
 	$(BIN)/python benchmarks/profile_iteration.py --markdown docs/speed.md

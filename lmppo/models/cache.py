@@ -53,7 +53,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Go on with these rows, and the same room; those that stay where they are are not copied, unless rows are added."""
+        """Go on with these rows, and the same room. Rows that keep their places are not copied, unless rows are added."""
         if self._whole is None:
             return
         n_rows, n_all = len(beam_idx), self.get_seq_length()
