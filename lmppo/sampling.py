@@ -244,7 +244,7 @@ def sample(
 
 
 def _in_their_places(goes_on: Tensor) -> Tensor:
-    """``(b,)`` the rows that go on, in their places. The last ones take the places of those that have ended: few are moved."""
+    """``(b,)`` the rows that go on, in their places; the last ones in those of rows that have ended: few are moved."""
     rows = torch.arange(int(goes_on.sum()))
     rows[~goes_on[: len(rows)]] = len(rows) + goes_on[len(rows) :].nonzero()[:, 0]
     return rows

@@ -23,7 +23,7 @@ from transformers import (
 
 from lmppo.groups import GROUP_COST
 from lmppo.models import ActorCritic, Reference, score_tokens, score_values
-from lmppo.models.inputs import Aligned
+from lmppo.models.inputs import Aligned, Layout
 from lmppo.prompts import pad_left
 from lmppo.records import TokenRecord, Tokens
 from lmppo.support import Support
@@ -182,6 +182,13 @@ def test_where_each_state_lies():
     assert aligned.lines.tolist() == [0, 0, 2] and aligned.columns.tolist() == [1, 3, 0]
     assert aligned.layout.line.tolist() == [0, 1, 2] and aligned.last.tolist() == [4, 0, 1]
     assert Aligned.of(tokens_of(THREE)).ids.tolist()[0] == [5, 6, 7, 8], "the last token is not read"
+
+
+def test_behind_the_last_row_of_a_line_stands_its_last_token():
+    layout = Layout.in_lines(torch.tensor([2, 5, 1]), 4)
+    assert layout.rows.tolist() == [[1] * 5, [0, 0, 2, 2, 2]]
+    assert layout.places.tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 0, 0]]
+    assert layout.line.tolist() == [1, 0, 1] and layout.start.tolist() == [0, 0, 2]
 
 
 def test_where_each_state_lies_in_packed_rows():
